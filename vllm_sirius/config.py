@@ -1,0 +1,189 @@
+"""Every knob of Sirius: defaults, meaning, validation and error texts.
+
+Leaf module: imports neither vLLM nor torch. `SiriusConfig.from_options` takes the flat mapping that users
+write in ``--speculative-config`` and is the only place where an option is judged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm_sirius.errors import SiriusConfigError
+
+SPARSITIES = ("coarse", "fine", "none")
+ACCEPTANCES = ("threshold", "lossless")
+DRAFT_WEIGHTS = ("shared", "int8", "int4")
+
+MIN_KERNEL_SIZE = 2
+MAX_KERNEL_SIZE = 128
+"""vLLM's rejection sampler takes at most 128 draft tokens a request; the drafts are ``kernel_size - 1``."""
+
+ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens")
+"""Keys of a speculative config that are vLLM's own and may stand beside the knobs of Sirius."""
+
+
+@dataclass(frozen=True)
+class SiriusConfig:
+    """The knobs of one engine.
+
+    Attributes:
+        kernel_size: Most tokens that one correction pass of the target advances (the paper's period, section 4).
+            A larger value spreads the cost of the correction over more draft tokens and wastes more of them
+            when a draft is rejected. ``num_speculative_tokens = kernel_size - 1``.
+        sparsity: Which neurons the draft keeps. ``coarse`` (CSparse, GRIFFIN): one set per layer for the whole
+            running batch. ``fine`` (FSparse, like CATS): the largest ``|act(gate)|`` of each token. ``none``: all.
+        density: Part of the FFN neurons that the draft keeps, in (0, 1].
+        refresh: Update the coarse set from every correction pass. ``False`` is the paper's behaviour: the set is
+            fixed by the prompt.
+        draft_weights: Weights the draft reads. ``shared`` are the target's own values.
+        acceptance: ``threshold`` is the paper's likelihood rule and changes the output distribution; ``lossless`` is
+            rejection sampling, whose output is distributed as the target's.
+        threshold: Accept a draft token while the target gives it at least this likelihood. ``<= 0`` accepts every
+            token that the request's own constraints allow; ``> 1`` accepts only the target's own choice.
+        threshold_temperature: Temperature of the likelihood in the threshold rule for greedy requests (0.6 in the
+            authors' code, absent from the paper's Algorithm 1). Sampling requests use their own temperature.
+        adaptive: Let each request's draft length follow its recent acceptance; ``False`` always drafts
+            ``kernel_size - 1`` tokens.
+        tree_width: Draft branches per position. Only 1 for now.
+    """
+
+    kernel_size: int = 16
+    sparsity: str = "coarse"
+    density: float = 0.5
+    refresh: bool = True
+    draft_weights: str = "shared"
+    acceptance: str = "threshold"
+    threshold: float = 0.1
+    threshold_temperature: float = 0.6
+    adaptive: bool = True
+    tree_width: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks each value on its own, then the values against each other.
+
+        Raises:
+            SiriusConfigError: Naming the option, the value and the remedy.
+        """
+        _require_int("kernel_size", self.kernel_size, MIN_KERNEL_SIZE, MAX_KERNEL_SIZE)
+        _require_choice("sparsity", self.sparsity, SPARSITIES)
+        _require_number("density", self.density)
+        if not 0.0 < self.density <= 1.0:
+            raise SiriusConfigError(
+                f"density={self.density!r} is not in (0, 1]: give the part of the FFN neurons that the draft keeps, "
+                "for example 0.5."
+            )
+        _require_bool("refresh", self.refresh)
+        _require_choice("draft_weights", self.draft_weights, DRAFT_WEIGHTS)
+        _require_choice("acceptance", self.acceptance, ACCEPTANCES)
+        _require_number("threshold", self.threshold)
+        _require_number("threshold_temperature", self.threshold_temperature)
+        if self.threshold_temperature <= 0.0:
+            raise SiriusConfigError(
+                f"threshold_temperature={self.threshold_temperature!r} is not above 0: use 0.6, the value of the paper's "
+                "code, or 1.0 for the plain likelihood."
+            )
+        _require_bool("adaptive", self.adaptive)
+        _require_int("tree_width", self.tree_width, 1, None)
+        self._check_supported()
+
+    def _check_supported(self) -> None:
+        if self.draft_weights != "shared":
+            raise SiriusConfigError(
+                f"draft_weights={self.draft_weights!r} is not supported yet: use 'shared', which drafts with the "
+                "target's own weights."
+            )
+        if self.tree_width != 1:
+            raise SiriusConfigError(
+                f"tree_width={self.tree_width!r} is not supported yet: use 1, a single chain of draft tokens."
+            )
+        if self.sparsity == "none":
+            raise SiriusConfigError(
+                "sparsity='none' with draft_weights='shared' drafts with the whole target and can only slow decoding "
+                "down: use sparsity 'coarse' or 'fine'."
+            )
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Draft tokens per correction pass, vLLM's name for ``kernel_size - 1``."""
+        return self.kernel_size - 1
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output is distributed exactly as the target's."""
+        return self.acceptance == "lossless"
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> SiriusConfig:
+        """Builds the config from what a user wrote in the speculative config.
+
+        Args:
+            options: Flat mapping of knobs, with or without vLLM's own keys `ENGINE_OPTIONS`. Dashes in keys count as
+                underscores.
+
+        Returns:
+            The validated config.
+
+        Raises:
+            SiriusConfigError: On an unknown key, a bad value or a contradiction.
+        """
+        given = {key.replace("-", "_"): value for key, value in options.items()}
+        knobs = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in knobs and key not in ENGINE_OPTIONS:
+                raise SiriusConfigError(_unknown_key(key, [*knobs, *ENGINE_OPTIONS]))
+        num_tokens = given.get("num_speculative_tokens")
+        if num_tokens is not None:
+            _require_int("num_speculative_tokens", num_tokens, MIN_KERNEL_SIZE - 1, MAX_KERNEL_SIZE - 1)
+            kernel_size = given.setdefault("kernel_size", num_tokens + 1)
+            if kernel_size != num_tokens + 1:
+                raise SiriusConfigError(
+                    f"kernel_size={kernel_size!r} and num_speculative_tokens={num_tokens!r} disagree: kernel_size is "
+                    f"num_speculative_tokens + 1, so give one of them or kernel_size={num_tokens + 1}."
+                )
+        config = cls(**{key: given[key] for key in knobs if key in given})
+        config._check_contradictions(given)
+        return config
+
+    def _check_contradictions(self, given: Mapping[str, Any]) -> None:
+        for key in ("threshold", "threshold_temperature"):
+            if self.lossless and key in given:
+                raise SiriusConfigError(
+                    f"{key}={given[key]!r} has no meaning with acceptance='lossless': drop it, or use "
+                    "acceptance='threshold'."
+                )
+        if self.sparsity == "fine" and "refresh" in given:
+            raise SiriusConfigError(
+                f"refresh={given['refresh']!r} has no meaning with sparsity='fine', which picks neurons anew for each "
+                "token: drop it, or use sparsity='coarse'."
+            )
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known options are {', '.join(sorted(known))}."
+    return f"{key!r} is not an option of the speculative method 'sirius': {hint}"
+
+
+def _require_int(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bounds = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise SiriusConfigError(f"{name}={value!r} is not a whole number {bounds}: choose one.")
+
+
+def _require_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SiriusConfigError(f"{name}={value!r} is not a finite number: give one, for example 0.5.")
+
+
+def _require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise SiriusConfigError(f"{name}={value!r} is not true or false: give one of the two.")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SiriusConfigError(f"{name}={value!r} is not one of {', '.join(choices)}: choose one of them.")

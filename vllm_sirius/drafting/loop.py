@@ -1,0 +1,68 @@
+"""Greedy drafting with the reduced target: one token per running request and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+DraftForward = Callable[[list[int], torch.Tensor, torch.Tensor], torch.Tensor]
+"""Runs one draft step: (rows, token_ids ``int32 [n]``, positions ``int64 [n]``) -> logits ``[n, vocabulary]``.
+
+`rows` are the batch rows that still draft, in ascending order; entry i of the tensors belongs to ``rows[i]``. The step
+writes the K/V of each token into the slot of its position.
+"""
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """What the loop must know of one request.
+
+    Attributes:
+        row: Its row in the batch.
+        last_token_id: The last token of the text; it has no K/V yet.
+        position: Position of that token.
+        max_draft_tokens: Most tokens to draft, at least one.
+        end_token_ids: Tokens that end the text. The draft never proposes one: only the target ends a text.
+    """
+
+    row: int
+    last_token_id: int
+    position: int
+    max_draft_tokens: int
+    end_token_ids: frozenset[int]
+
+
+def draft_tokens(requests: Sequence[DraftRequest], forward: DraftForward) -> dict[int, list[int]]:
+    """Drafts for every request until its limit or its first end token.
+
+    Step i feeds the token at ``position + i`` and writes its K/V there, exactly where the next correction pass of the
+    target rewrites it. A request that is done leaves the batch of the following steps.
+
+    Args:
+        requests: The requests to draft for, in ascending order of their rows.
+        forward: One draft step.
+
+    Returns:
+        Row -> draft tokens, an empty list where the first token already was an end token.
+    """
+    drafts: dict[int, list[int]] = {request.row: [] for request in requests}
+    active = list(requests)
+    token_ids = torch.tensor([request.last_token_id for request in active], dtype=torch.int32)
+    positions = torch.tensor([request.position for request in active], dtype=torch.int64)
+    while active:
+        logits = forward([request.row for request in active], token_ids, positions)
+        token_ids = logits.argmax(dim=-1).to(torch.int32)
+        positions = positions + 1
+        kept: list[int] = []
+        for index, (request, token_id) in enumerate(zip(active, token_ids.tolist(), strict=True)):
+            if token_id in request.end_token_ids:
+                continue
+            drafts[request.row].append(token_id)
+            if len(drafts[request.row]) < request.max_draft_tokens:
+                kept.append(index)
+        if len(kept) < len(active):
+            active = [active[index] for index in kept]
+            token_ids, positions = token_ids[kept], positions[kept]
+    return drafts

@@ -1,0 +1,101 @@
+"""Which engine set-ups Sirius can serve, and the worker that serves them. Attaches to ``vllm.config.VllmConfig``.
+
+Everything here runs in the process that starts the engine, before any weight is read. What only the model's modules can
+tell is checked in the worker, after they are built and before their weights load (`ffn.locate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.platforms import current_platform
+
+from vllm_sirius.errors import SiriusUnsupportedError
+
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+SIRIUS_CPU_WORKER = "vllm_sirius.integration.runner_v1.worker.SiriusCPUWorker"
+
+Rule = tuple[Callable[[Any], Any], str]
+"""Reads the offending value out of a `VllmConfig` (falsy if there is none), and says reason and remedy with ``{value}``."""
+
+RULES: tuple[Rule, ...] = (
+    (
+        lambda c: not current_platform.is_cpu() and current_platform.device_name,
+        "platform {value}: Sirius runs on CPU only so far; serve without --speculative-model sirius.",
+    ),
+    (
+        lambda c: c.use_v2_model_runner,
+        "use_v2_model_runner={value}: Sirius does not attach to Model Runner V2 yet; set VLLM_USE_V2_MODEL_RUNNER=0.",
+    ),
+    (
+        lambda c: c.model_config.runner_type != "generate" and c.model_config.runner_type,
+        "runner={value}: Sirius speeds up text generation only; drop the speculative config for this model.",
+    ),
+    (
+        lambda c: c.model_config.is_encoder_decoder,
+        "is_encoder_decoder={value}: cross-attention models are not supported; drop the speculative config for this model.",
+    ),
+    (
+        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free or c.model_config.has_inner_state,
+        "has_inner_state={value}: a recurrent (Mamba-like) state cannot be rolled back after a rejected draft; drop the "
+        "speculative config for this model.",
+    ),
+    (
+        lambda c: c.model_config.uses_mrope or getattr(c.model_config, "uses_xdrope_dim", 0),
+        "uses_mrope={value}: multi-dimensional rotary positions are not drafted yet; drop the speculative config for this model.",
+    ),
+    (
+        lambda c: c.model_config.quantization,
+        "quantization={value!r}: the FFN rows of quantised weights cannot be read yet; serve the unquantised checkpoint.",
+    ),
+    (
+        lambda c: c.parallel_config.pipeline_parallel_size > 1 and c.parallel_config.pipeline_parallel_size,
+        "pipeline_parallel_size={value}: the draft needs all layers on one rank; use --tensor-parallel-size instead.",
+    ),
+    (
+        lambda c: c.parallel_config.decode_context_parallel_size > 1 and c.parallel_config.decode_context_parallel_size,
+        "decode_context_parallel_size={value}: the draft cannot split its K/V over ranks; use 1.",
+    ),
+    (
+        lambda c: c.parallel_config.enable_dbo,
+        "enable_dbo={value}: dual batch overlap does not work with speculative decoding; drop --enable-dbo.",
+    ),
+    (
+        lambda c: c.lora_config is not None and "given",
+        "enable_lora={value}: the draft would run without the adapter; merge the adapter into the weights or drop --enable-lora.",
+    ),
+    (
+        lambda c: c.kv_transfer_config is not None and c.kv_transfer_config.kv_connector,
+        "kv_connector={value!r}: draft passes must not be sent to other engines, which is not handled yet; drop --kv-transfer-config.",
+    ),
+    (
+        lambda c: c.cache_config.kv_sharing_fast_prefill,
+        "kv_sharing_fast_prefill={value}: the neuron statistic needs the prompt in every layer; drop --kv-sharing-fast-prefill.",
+    ),
+    (
+        lambda c: c.parallel_config.worker_cls not in (CPU_WORKER, SIRIUS_CPU_WORKER) and c.parallel_config.worker_cls,
+        "worker_cls={value!r}: Sirius brings its own worker and cannot share an engine with another one; drop --worker-cls or "
+        "the plugin that sets it.",
+    ),
+)
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuses an engine set-up that Sirius cannot serve.
+
+    Args:
+        vllm_config: The complete engine config.
+
+    Raises:
+        SiriusUnsupportedError: With the option, its value and the remedy.
+    """
+    for find, text in RULES:
+        value = find(vllm_config)
+        if value:
+            raise SiriusUnsupportedError("speculative method 'sirius' with " + text.format(value=value))
+
+
+def choose_worker(vllm_config: Any) -> None:
+    """Names the worker class that drafts. Arguments as in `check_engine`, which must have passed."""
+    vllm_config.parallel_config.worker_cls = SIRIUS_CPU_WORKER

@@ -1,0 +1,58 @@
+"""KV slots for the draft. Attaches to ``vllm.config.vllm``.
+
+The draft writes K/V up to ``kernel_size - 1`` positions past the text. If the scheduler did not reserve them, the draft
+would write into blocks of other requests, in silence: this is the hook that must never be missing, and the worker
+asserts that it is in force.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_sirius.errors import SiriusIntegrationError
+from vllm_sirius.integration.hook_engine import Hook
+from vllm_sirius.integration.speculative_config import sirius_config
+
+
+def _num_lookahead_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(self: Any) -> int:
+        config = sirius_config(self.speculative_config)
+        if config is None:
+            reserved: int = original(self)
+            return reserved
+        return config.num_speculative_tokens
+
+    return wrapper
+
+
+def assert_lookahead_reserved(vllm_config: Any) -> None:
+    """Refuses to run a worker whose scheduler would not reserve the draft's slots.
+
+    Args:
+        vllm_config: The engine's config.
+
+    Raises:
+        SiriusIntegrationError: If the reservation is missing.
+    """
+    config = sirius_config(vllm_config.speculative_config)
+    assert config is not None
+    if vllm_config.num_lookahead_tokens < config.num_speculative_tokens:
+        raise SiriusIntegrationError(
+            f"vLLM reserves {vllm_config.num_lookahead_tokens} lookahead slots, Sirius writes {config.num_speculative_tokens}: the "
+            "hook on VllmConfig.num_lookahead_tokens is not in force in this process; check that VLLM_PLUGINS does not leave out 'sirius'."
+        )
+
+
+HOOKS = (
+    Hook(
+        target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
+        make=_num_lookahead_tokens,
+        fingerprint="eaad2c3b58b4",
+        why="The scheduler reserves KV slots past the scheduled tokens only for the drafters it knows.",
+        untouched="the speculative config is not Sirius's",
+        remove_when="upstream asks the speculative config how many lookahead slots its drafter writes",
+    ),
+)

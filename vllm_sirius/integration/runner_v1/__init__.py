@@ -1,0 +1,1 @@
+"""Model Runner V1: what vLLM's CPU build runs."""

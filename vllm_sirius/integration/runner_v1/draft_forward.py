@@ -1,0 +1,100 @@
+"""One draft step on Model Runner V1: the target's modules on the target's KV pages. Reads ``GPUModelRunner``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from vllm.forward_context import set_forward_context
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_sirius.ffn.layer import ReducedFFNs
+
+
+def draft_slot_mapping(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """KV slots of one position per request.
+
+    Args:
+        block_table: Blocks of each request, ``int [n, blocks]``.
+        positions: ``int64 [n]``.
+        block_size: Tokens per block.
+
+    Returns:
+        ``int64 [n]``: ``block_id * block_size + offset``.
+    """
+    block_ids = block_table.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
+    # Block 0 is vLLM's null block: writing there means that no lookahead slot was reserved.
+    assert bool((block_ids > 0).all()), "a draft position has no KV slot"
+    return block_ids * block_size + positions % block_size
+
+
+class DraftForward:
+    """Callable of `drafting.loop.DraftForward` for one engine step.
+
+    Args:
+        runner: The V1 model runner, after the target's forward pass of this step.
+        common_attn_metadata: Attention metadata of that pass, for what does not change from pass to pass.
+        ffns: The switch between target and draft.
+    """
+
+    def __init__(self, runner: Any, common_attn_metadata: Any, ffns: ReducedFFNs) -> None:
+        self._runner = runner
+        self._common = common_attn_metadata
+        self._ffns = ffns
+
+    def __call__(self, rows: list[int], token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Runs the step; see `drafting.loop.DraftForward`."""
+        runner = self._runner
+        attn_metadata, slot_mapping = self._attention(rows, positions)
+        with (
+            set_forward_context(
+                attn_metadata,
+                runner.vllm_config,
+                num_tokens=len(rows),
+                slot_mapping=slot_mapping,
+                skip_compiled=True,  # the draft mode is a Python flag, which a compiled graph would have frozen
+            ),
+            self._ffns.draft_mode(),
+        ):
+            hidden_states = runner.model(
+                input_ids=token_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+        logits: torch.Tensor = runner.model.compute_logits(hidden_states)
+        return logits
+
+    def _attention(self, rows: list[int], positions: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        runner = self._runner
+        attn_metadata: dict[str, Any] = {}
+        slot_mapping: dict[str, torch.Tensor] = {}
+        common = self._common_for(rows, positions)
+        for group_id, groups in enumerate(runner.attn_groups):
+            spec = runner.kv_cache_config.kv_cache_groups[group_id].kv_cache_spec
+            assert isinstance(spec, AttentionSpec), f"KV cache group {group_id} is {type(spec).__name__}"
+            table = runner.input_batch.block_table[group_id]
+            group_common = copy.copy(common)
+            group_common.block_table_tensor = table.block_table.gpu[rows]
+            group_common.slot_mapping = draft_slot_mapping(
+                group_common.block_table_tensor, positions, table.block_size
+            )
+            for group in groups:
+                metadata = group.build_metadata(group_common)
+                for layer_name in group.layer_names:
+                    attn_metadata[layer_name] = metadata
+                    slot_mapping[layer_name] = group_common.slot_mapping
+        return attn_metadata, slot_mapping
+
+    def _common_for(self, rows: list[int], positions: torch.Tensor) -> Any:
+        """The metadata of a pass with one token for each of `rows`."""
+        common = copy.copy(self._common)
+        count = len(rows)
+        common.num_reqs = common.num_actual_tokens = count
+        common.max_query_len = 1
+        common.query_start_loc = common.query_start_loc_cpu = torch.arange(count + 1, dtype=torch.int32)
+        common.seq_lens = (positions + 1).to(torch.int32)
+        common.seq_lens_cpu_upper_bound = common.seq_lens
+        common.max_seq_len = int(common.seq_lens.max())
+        common.positions = positions
+        common.is_prefilling = torch.zeros(count, dtype=torch.bool)
+        common._num_computed_tokens_cache = common._token_to_req_indices_cache = None
+        return common

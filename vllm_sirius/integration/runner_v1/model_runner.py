@@ -1,0 +1,97 @@
+"""Sirius on Model Runner V1. Subclasses ``vllm.v1.worker.cpu_model_runner.CPUModelRunner``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_sirius.drafting.loop import draft_tokens
+from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
+from vllm_sirius.integration.runner_v1.load import load_target
+from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
+from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
+from vllm_sirius.integration.speculative_config import METHOD, sirius_config
+
+
+class SiriusCPUModelRunner(CPUModelRunner):
+    """Upstream's CPU runner whose drafter is the target itself.
+
+    The step is upstream's; three of its seams carry Sirius: `_update_states` (which requests run, and which rows of the
+    coming forward pass belong to whom), the rejection sampler, and `propose_draft_token_ids`.
+    """
+
+    drafter: SiriusProposer
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        config = sirius_config(vllm_config.speculative_config)
+        assert config is not None
+        self.sirius = config
+        with _as_custom_class(vllm_config.speculative_config):
+            super().__init__(vllm_config, device)
+        if not config.lossless:
+            self.rejection_sampler = SiriusRejectionSampler(
+                self.rejection_sampler, lambda: self.drafter.thresholds(self.input_batch.req_ids), config.threshold_temperature
+            )
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Loads the target and makes it its own drafter; upstream's version would load it without the FFN check."""
+        if load_dummy_weights:
+            super().load_model(load_dummy_weights)
+            return
+        target = load_target(self.vllm_config)
+        self.model = target.model
+        self.drafter.attach(target)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        corrections = super()._update_states(scheduler_output)
+        self.drafter.begin_step(scheduler_output, self.requests, self.input_batch.req_ids)
+        return corrections
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        """Always: a request near the longest text drafts less, instead of stopping the drafts of the whole batch."""
+        return common_attn_metadata is not None
+
+    @torch.inference_mode()
+    def propose_draft_token_ids(
+        self, scheduler_output: Any, sampled_token_ids: Any, *unused: Any
+    ) -> list[list[int]]:
+        """Drafts for every request that emitted tokens in this step.
+
+        Args:
+            scheduler_output: The step.
+            sampled_token_ids: Tokens emitted per row; an empty list for a row still in prefill.
+            unused: The rest of upstream's arguments; the last but one is the target's attention metadata.
+
+        Returns:
+            Draft tokens per row.
+        """
+        common_attn_metadata = unused[-2]
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        requests = self.drafter.end_step(
+            self.input_batch.req_ids,
+            sampled_token_ids,
+            self.input_batch.num_tokens_no_spec,
+            scheduler_output.num_spec_tokens_to_schedule,
+        )
+        if requests:
+            forward = DraftForward(self, common_attn_metadata, self.drafter.ffns)
+            for row, tokens in draft_tokens(requests, forward).items():
+                drafts[row] = tokens
+        self.drafter.remember_drafts(self.input_batch.req_ids, drafts)
+        return drafts
+
+
+class _as_custom_class:
+    """Upstream's constructor knows a closed list of methods; for its time ours is ``custom_class``."""
+
+    def __init__(self, speculative_config: Any) -> None:
+        self._config = speculative_config
+
+    def __enter__(self) -> None:
+        self._config.method = "custom_class"
+        self._config.model = f"{SiriusProposer.__module__}.{SiriusProposer.__qualname__}"
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._config.method = self._config.model = METHOD

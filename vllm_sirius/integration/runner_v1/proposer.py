@@ -1,0 +1,177 @@
+"""The state of Sirius on Model Runner V1: who runs, what the statistics see, what each request may draft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_sirius.drafting.length import max_useful_draft_tokens
+from vllm_sirius.drafting.loop import DraftRequest
+from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
+from vllm_sirius.integration.speculative_config import sirius_config
+from vllm_sirius.sparsity.coarse import CoarseSelection
+from vllm_sirius.sparsity.statistics import NeuronStatistics, ObservedRows
+
+logger = init_logger("vllm.sirius")
+
+MAX_PENDING_ROWS = 512
+"""Rows of correction passes whose activations wait for acceptance; bounds the memory at large batches."""
+
+
+class SiriusProposer:
+    """The drafter of one engine.
+
+    Args:
+        vllm_config: The engine's config; upstream builds drafters of method ``custom_class`` with it alone.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        config = sirius_config(vllm_config.speculative_config) or vllm_config.speculative_config.sirius
+        self.config = config
+        self.vllm_config = vllm_config
+        self.ffns: ReducedFFNs
+        self.statistics: NeuronStatistics | None = None
+        self._neuron_norms: torch.Tensor
+        self._requests: dict[str, SiriusRequest] = {}
+        self._max_model_len = vllm_config.model_config.max_model_len
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Upstream's seam for drafters of method ``custom_class``; the runner overrides its caller."""
+        raise AssertionError("SiriusCPUModelRunner.propose_draft_token_ids drafts")
+
+    def attach(self, target: Any) -> None:
+        """Puts the switch between target and draft into a freshly loaded target.
+
+        Args:
+            target: A `load.LoadedTarget`.
+        """
+        sizes = [ffn.num_neurons for ffn in target.ffns]
+        selection = None
+        if self.config.sparsity == "coarse":
+            device = target.neuron_norms.device
+            max_num_seqs = self.vllm_config.scheduler_config.max_num_seqs
+            pending = min(max_num_seqs * self.config.kernel_size, MAX_PENDING_ROWS) if self.config.refresh else 0
+            self.statistics = NeuronStatistics(sizes, max_num_seqs, pending, device)
+            selection = CoarseSelection(sizes, self.config.density, self.vllm_config.model_config.dtype, device)
+        self._neuron_norms = target.neuron_norms
+        self.ffns = ReducedFFNs(target.ffns, self.config.density, selection, self.statistics)
+        self.ffns.install()
+
+    def thresholds(self, req_ids: list[str]) -> torch.Tensor:
+        """Likelihood threshold of each row of the batch, ``float32 [B]``."""
+        return torch.tensor([self._requests[req_id].threshold for req_id in req_ids])
+
+    def begin_step(self, scheduler_output: Any, states: dict[str, Any], req_ids: list[str]) -> None:
+        """Follows upstream's requests, and tells the statistics whose rows the coming forward pass holds.
+
+        Args:
+            scheduler_output: The step.
+            states: Upstream's request states by id.
+            req_ids: Requests in batch order.
+        """
+        for req_id in [req_id for req_id in self._requests if req_id not in states]:
+            self._forget(req_id)
+        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        for req_id in req_ids:
+            state = states[req_id]
+            if req_id not in self._requests:
+                self._admit(req_id, state)
+            elif req_id in resumed:
+                self._restart(self._requests[req_id], state)
+        if self.statistics is not None:
+            self.statistics.begin_step(self._observed_rows(scheduler_output, states, req_ids))
+
+    def _observed_rows(self, scheduler_output: Any, states: dict[str, Any], req_ids: list[str]) -> list[ObservedRows]:
+        runs = []
+        start = 0
+        for req_id in req_ids:
+            count = scheduler_output.num_scheduled_tokens[req_id]
+            request = self._requests[req_id]
+            prefill = states[req_id].num_computed_tokens < request.num_known_tokens
+            if request.slot is not None and (prefill or self.config.refresh):
+                prompt_rows = min(count, request.num_known_tokens - states[req_id].num_computed_tokens)
+                runs.append(ObservedRows(request.slot, start, prompt_rows if prefill else count, not prefill))
+            start += count
+        return runs
+
+    def end_step(
+        self, req_ids: list[str], sampled_token_ids: list[list[int]], num_tokens: Any, num_spec_tokens: int
+    ) -> list[DraftRequest]:
+        """Takes in what the target accepted, refreshes the neuron set and says what to draft.
+
+        Args:
+            req_ids: Requests in batch order.
+            sampled_token_ids: Tokens emitted per row, empty for prefill chunks.
+            num_tokens: Length of each row's text, the new tokens included, ``int [B]``.
+            num_spec_tokens: Most tokens to draft in this step.
+
+        Returns:
+            The rows that draft.
+        """
+        if self.statistics is not None:
+            self.statistics.end_step()
+        to_draft = []
+        for row, (req_id, emitted) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
+            request = self._requests[req_id]
+            if not emitted:
+                continue
+            self._take_in(request, len(emitted), first=int(num_tokens[row]) - len(emitted) == request.num_known_tokens)
+            draft = self._draft_request(row, request, emitted[-1], int(num_tokens[row]), num_spec_tokens)
+            if draft is not None:
+                to_draft.append(draft)
+        if to_draft and self.ffns.selection is not None:
+            self.ffns.selection.select(self._scores([req_ids[draft.row] for draft in to_draft]))
+        return to_draft
+
+    def remember_drafts(self, req_ids: list[str], drafts: list[list[int]]) -> None:
+        """Notes how many tokens each request drafted, for the next verdict."""
+        for req_id, tokens in zip(req_ids, drafts, strict=True):
+            self._requests[req_id].num_drafted = len(tokens)
+
+    def _take_in(self, request: SiriusRequest, num_emitted: int, first: bool) -> None:
+        if not first:
+            request.length.observe(request.num_drafted, num_emitted - 1)
+        if self.statistics is None or request.slot is None:
+            return
+        if first:
+            self.statistics.learn_prior(request.slot)
+        elif self.config.refresh:
+            self.statistics.commit(request.slot, num_emitted)
+
+    def _draft_request(
+        self, row: int, request: SiriusRequest, last_token_id: int, num_tokens: int, num_spec_tokens: int
+    ) -> DraftRequest | None:
+        if not request.enabled or last_token_id in request.end_token_ids:
+            return None
+        longest = min(num_spec_tokens, request.length.length) if self.config.adaptive else num_spec_tokens
+        emitted = num_tokens - request.num_prompt_tokens
+        remaining = request.max_tokens - emitted if request.max_tokens is not None else self._max_model_len
+        length = max_useful_draft_tokens(longest, num_tokens - 1, remaining, self._max_model_len)
+        if length == 0:
+            return None
+        return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids)
+
+    def _scores(self, req_ids: list[str]) -> torch.Tensor:
+        assert self.statistics is not None
+        slots = [slot for req_id in req_ids if (slot := self._requests[req_id].slot) is not None]
+        scores = self.statistics.scores(slots)
+        return scores.mul_(self._neuron_norms) if self.config.refresh else scores
+
+    def _admit(self, req_id: str, state: Any) -> None:
+        slot = self.statistics.acquire(state.num_computed_tokens) if self.statistics is not None else None
+        self._requests[req_id] = make_request(state.sampling_params, self.config, state.num_prompt_tokens, slot)
+
+    def _restart(self, request: SiriusRequest, state: Any) -> None:
+        """A preempted request comes back: all its tokens, generated ones too, are prefilled again."""
+        request.num_known_tokens = state.num_tokens
+        request.num_drafted = 0
+        if self.statistics is not None and request.slot is not None:
+            self.statistics.reset(request.slot, state.num_computed_tokens)
+
+    def _forget(self, req_id: str) -> None:
+        slot = self._requests.pop(req_id).slot
+        if self.statistics is not None and slot is not None:
+            self.statistics.release(slot)

@@ -1,0 +1,50 @@
+"""The acceptance rule of Model Runner V1. Attaches to ``vllm.v1.sample.rejection_sampler``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from vllm_sirius.integration.hook_engine import Hook
+
+AcceptanceRule = Callable[..., torch.Tensor]
+"""Takes the arguments of upstream's `rejection_sample` and returns its result, ``int32 [B, max_spec_len + 1]``."""
+
+_rule: ContextVar[AcceptanceRule | None] = ContextVar("sirius_acceptance_rule", default=None)
+
+
+@contextmanager
+def acceptance_rule(rule: AcceptanceRule) -> Iterator[None]:
+    """Rejection sampling inside uses `rule` instead of upstream's."""
+    token = _rule.set(rule)
+    try:
+        yield
+    finally:
+        _rule.reset(token)
+
+
+def _rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        rule = _rule.get()
+        return original(*args, **kwargs) if rule is None else rule(*args, **kwargs)
+
+    return wrapper
+
+
+HOOKS = (
+    Hook(
+        target="vllm.v1.sample.rejection_sampler:rejection_sample",
+        make=_rejection_sample,
+        fingerprint="dd7297cb744d",
+        why="`RejectionSampler.forward` prepares the processed logits, which the threshold rule judges, and then calls this "
+        "function by its global name; a subclass cannot replace the rule without copying the whole method.",
+        untouched="no acceptance rule is set, which only Sirius's own sampler does, for the time of its call",
+        remove_when="upstream turns the rule into a method of RejectionSampler",
+    ),
+)

@@ -1,0 +1,73 @@
+"""vLLM's speculative config for the method ``sirius``. Attaches to ``vllm.config.speculative``."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal
+
+from pydantic import SkipValidation
+from vllm.config import ModelConfig, ParallelConfig
+from vllm.config.speculative import SpeculativeConfig
+from vllm.config.utils import config
+
+from vllm_sirius.config import SiriusConfig
+
+METHOD = "sirius"
+
+
+@config
+class SiriusSpeculativeConfig(SpeculativeConfig):
+    """A speculative config whose draft is the target itself.
+
+    Attributes:
+        sirius: The knobs.
+    """
+
+    method: Literal["sirius"] | None = "sirius"  # type: ignore[assignment]
+    sirius: SkipValidation[SiriusConfig] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Fills in what upstream would read from a draft model; the parent's version would load one."""
+        self.method = METHOD
+        self.model = METHOD
+        self.num_speculative_tokens = self.sirius.num_speculative_tokens
+        self.draft_model_config = self.target_model_config
+        self.draft_parallel_config = self.target_parallel_config
+
+    def compute_hash(self) -> str:
+        """Key of what changes a compiled graph: coarse sparsity observes activations, fine does not."""
+        return hashlib.sha256(f"{METHOD}-{self.sirius.sparsity}".encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        """The knobs, and nothing of the target's config that upstream prints elsewhere."""
+        return f"SiriusSpeculativeConfig({self.sirius})"
+
+
+def create(
+    options: dict[str, Any], target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+) -> SiriusSpeculativeConfig:
+    """Builds the config from a user's options.
+
+    Args:
+        options: The flat speculative config.
+        target_model_config: The target's model config.
+        target_parallel_config: The target's parallel config.
+
+    Returns:
+        The config.
+
+    Raises:
+        SiriusConfigError: If an option is bad.
+    """
+    return SiriusSpeculativeConfig(
+        sirius=SiriusConfig.from_options(options),
+        target_model_config=target_model_config,
+        target_parallel_config=target_parallel_config,
+    )
+
+
+def sirius_config(speculative_config: SpeculativeConfig | None) -> SiriusConfig | None:
+    """The knobs of a speculative config, or ``None`` if its method is another one."""
+    if isinstance(speculative_config, SiriusSpeculativeConfig):
+        return speculative_config.sirius
+    return None

@@ -1,0 +1,1 @@
+"""Which neurons of each FFN the draft keeps. Torch only; knows nothing of models, kernels or vLLM."""
