@@ -48,6 +48,9 @@ class ReducedFFNs:
         density: Part of the neurons the draft keeps.
         selection: The coarse selection, or ``None`` for fine sparsity.
         statistics: What coarse selection learns from, or ``None`` for fine sparsity.
+
+    Attributes:
+        num_draft_calls: FFNs run reduced so far.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ReducedFFNs:
         self.selection = selection
         self.statistics = statistics
         self.drafting = False
+        self.num_draft_calls = 0
 
     def install(self) -> None:
         """Puts the switch into every FFN of the model."""
@@ -73,6 +77,19 @@ class ReducedFFNs:
             original = getattr(ffn.module, ffn.activation_name)
             switch = SwitchedActivation(original, self, ffn, layer, observer)
             setattr(ffn.module, ffn.activation_name, switch)
+
+    @property
+    def kernel_name(self) -> str:
+        """What computes the reduced FFN."""
+        return "masked dense FFN"
+
+    def predicted_draft_cost(self, draft_density: float) -> float:
+        """Cost of a draft step in target steps, from the weights it reads.
+
+        Args:
+            draft_density: Part of the target's weights that the draft needs.
+        """
+        return 1.0
 
     @contextmanager
     def draft_mode(self) -> Iterator[None]:
@@ -111,6 +128,7 @@ class SwitchedActivation(nn.Module):
         """Runs the activation in the mode of the owner."""
         activation: torch.Tensor = self.original(gate_up)
         if self._owner.drafting:
+            self._owner.num_draft_calls += 1
             return activation * self._mask(gate_up)
         if self._energy is not None:
             torch.ops.vllm_sirius.observe_ffn(activation, self._energy, self._observer, self._layer)

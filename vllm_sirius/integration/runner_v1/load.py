@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader import get_model_loader
 
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
+from vllm_sirius.integration.model_shape import ModelShape, measure_shape
 
 
 class _MeasuredLinearMethod(UnquantizedLinearMethod):
@@ -32,12 +33,14 @@ class LoadedTarget:
     Attributes:
         model: The loaded model.
         ffns: Its gated FFNs.
+        shape: Its sizes.
         neuron_norms: ``||down_j||**2`` of every neuron of every layer, one after the other, ``float32``.
     """
 
-    def __init__(self, model: nn.Module, ffns: list[GatedFFN]) -> None:
+    def __init__(self, model: nn.Module, ffns: list[GatedFFN], shape: ModelShape) -> None:
         self.model = model
         self.ffns = ffns
+        self.shape = shape
         self.neuron_norms = torch.cat([ffn.down.quant_method.neuron_norms for ffn in ffns])  # type: ignore[union-attr]
 
 
@@ -56,17 +59,19 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     loader = get_model_loader(vllm_config.load_config)
     create_model = loader.create_model
     ffns: list[GatedFFN] = []
+    shapes: list[ModelShape] = []
 
     def create_and_check(*args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = create_model(*args, **kwargs)
         ffns.extend(locate_gated_ffns(model))
         for ffn in ffns:
             _measure(ffn)
+        shapes.append(measure_shape(model, ffns))
         return model
 
     loader.create_model = create_and_check  # type: ignore[method-assign]
     model = loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
-    return LoadedTarget(model, ffns)
+    return LoadedTarget(model, ffns, shapes[0])
 
 
 def _measure(ffn: GatedFFN) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.forward_context import set_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_sirius.drafting.loop import draft_tokens
+from vllm_sirius.ffn.self_test import assert_draft_is_reduced
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.load import load_target
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.speculative_config import METHOD, sirius_config
-
 
 class SiriusCPUModelRunner(CPUModelRunner):
     """Upstream's CPU runner whose drafter is the target itself.
@@ -43,6 +44,21 @@ class SiriusCPUModelRunner(CPUModelRunner):
         target = load_target(self.vllm_config)
         self.model = target.model
         self.drafter.attach(target)
+        difference = assert_draft_is_reduced(
+            self.drafter.ffns, self._forward_without_attention, self.model_config.dtype
+        )
+        self.drafter.announce(target.shape, difference)
+
+    @torch.inference_mode()
+    def _forward_without_attention(self) -> None:
+        """One token through the model as drafts run it; without KV pages attention leaves its output undefined."""
+        with set_forward_context(None, self.vllm_config, num_tokens=1, skip_compiled=True):
+            self.model(
+                input_ids=torch.zeros(1, dtype=torch.int32),
+                positions=torch.zeros(1, dtype=torch.int64),
+                intermediate_tensors=None,
+                inputs_embeds=None,
+            )
 
     def _update_states(self, scheduler_output: Any) -> Any:
         corrections = super()._update_states(scheduler_output)

@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest
 from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.integration.model_shape import ModelShape
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.sparsity.coarse import CoarseSelection
@@ -59,6 +60,39 @@ class SiriusProposer:
         self._neuron_norms = target.neuron_norms
         self.ffns = ReducedFFNs(target.ffns, self.config.density, selection, self.statistics)
         self.ffns.install()
+        if selection is not None:
+            selection.select(self._scores([]))
+
+    def announce(self, shape: ModelShape, difference: float) -> None:
+        """Says at start-up what will run and what it costs, in one line.
+
+        Args:
+            shape: The target's sizes.
+            difference: What the self-test measured between draft and target.
+        """
+        config = self.config
+        rule = "lossless" if config.lossless else f"threshold {config.threshold:g} (lossy)"
+        refreshed = ", refreshed" if config.sparsity == "coarse" and config.refresh else ""
+        extra = self.statistics.num_bytes if self.statistics is not None else 0
+        logger.info(
+            "Sirius: %d gated FFNs of %d neurons, %s density %g%s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is %.0f%% of "
+            "a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
+            "self-test: draft differs from target by %.1f%%",
+            shape.num_ffns,
+            shape.num_neurons,
+            config.sparsity,
+            config.density,
+            refreshed,
+            config.kernel_size,
+            ", adaptive" if config.adaptive else "",
+            rule,
+            extra / 2**20,
+            100 * shape.ffn_share,
+            100 * shape.draft_density(config),
+            self.ffns.predicted_draft_cost(shape.draft_density(config)),
+            self.ffns.kernel_name,
+            100 * difference,
+        )
 
     def thresholds(self, req_ids: list[str]) -> torch.Tensor:
         """Likelihood threshold of each row of the batch, ``float32 [B]``."""

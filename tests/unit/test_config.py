@@ -1,0 +1,125 @@
+"""Every knob: defaults, agreement of the two lengths, and the full list of refused options."""
+
+import pytest
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.errors import SiriusConfigError
+from vllm_sirius.request_options import RequestOptions, parse_request_options
+
+
+def test_defaults_are_those_of_the_readme():
+    config = SiriusConfig.from_options({"method": "sirius", "model": "sirius"})
+    assert config == SiriusConfig(
+        kernel_size=16,
+        sparsity="coarse",
+        density=0.5,
+        refresh=True,
+        draft_weights="shared",
+        acceptance="threshold",
+        threshold=0.1,
+        threshold_temperature=0.6,
+        adaptive=True,
+        tree_width=1,
+    )
+    assert config.num_speculative_tokens == 15
+
+
+def test_kernel_size_follows_num_speculative_tokens_and_may_repeat_it():
+    assert SiriusConfig.from_options({"num_speculative_tokens": 7}).kernel_size == 8
+    assert SiriusConfig.from_options({"num-speculative-tokens": 7, "kernel-size": 8}).kernel_size == 8
+
+
+def test_boundary_values_are_taken():
+    for options in (
+        {"kernel_size": 2},
+        {"kernel_size": 128},
+        {"density": 1},
+        {"density": 1e-6},
+        {"threshold": -1},
+        {"threshold": 2.0},
+        {"sparsity": "fine"},
+        {"acceptance": "lossless"},
+    ):
+        config = SiriusConfig.from_options(options)
+        assert all(getattr(config, key) == value for key, value in options.items())
+
+
+REFUSED_OPTIONS = [
+    # option(s), the words that the message must hold: the option, its value and the remedy
+    ({"kernel_size": 1}, ["kernel_size=1", "from 2 to 128"]),
+    ({"kernel_size": 129}, ["kernel_size=129", "from 2 to 128"]),
+    ({"kernel_size": 8.0}, ["kernel_size=8.0", "whole number"]),
+    ({"kernel_size": True}, ["kernel_size=True", "whole number"]),
+    ({"kernel_size": "16"}, ["kernel_size='16'", "whole number"]),
+    ({"num_speculative_tokens": 0}, ["num_speculative_tokens=0", "from 1 to 127"]),
+    ({"num_speculative_tokens": -3}, ["num_speculative_tokens=-3", "from 1 to 127"]),
+    ({"kernel_size": 16, "num_speculative_tokens": 16}, ["kernel_size=16", "num_speculative_tokens=16", "kernel_size=17"]),
+    ({"sparsity": "medium"}, ["sparsity='medium'", "coarse, fine, none"]),
+    ({"sparsity": None}, ["sparsity=None", "coarse, fine, none"]),
+    ({"density": 0}, ["density=0", "(0, 1]"]),
+    ({"density": 1.5}, ["density=1.5", "(0, 1]"]),
+    ({"density": -0.5}, ["density=-0.5", "(0, 1]"]),
+    ({"density": float("nan")}, ["density=nan", "finite number"]),
+    ({"density": "half"}, ["density='half'", "finite number"]),
+    ({"refresh": "yes"}, ["refresh='yes'", "true or false"]),
+    ({"refresh": 1}, ["refresh=1", "true or false"]),
+    ({"draft_weights": "int2"}, ["draft_weights='int2'", "shared, int8, int4"]),
+    ({"draft_weights": "int8"}, ["draft_weights='int8'", "not supported yet", "'shared'"]),
+    ({"draft_weights": "int4"}, ["draft_weights='int4'", "not supported yet", "'shared'"]),
+    ({"acceptance": "strict"}, ["acceptance='strict'", "threshold, lossless"]),
+    ({"threshold": float("inf")}, ["threshold=inf", "finite number"]),
+    ({"threshold": "low"}, ["threshold='low'", "finite number"]),
+    ({"threshold": False}, ["threshold=False", "finite number"]),
+    ({"threshold_temperature": 0}, ["threshold_temperature=0", "0.6"]),
+    ({"threshold_temperature": -1.0}, ["threshold_temperature=-1.0", "0.6"]),
+    ({"adaptive": "auto"}, ["adaptive='auto'", "true or false"]),
+    ({"tree_width": 4}, ["tree_width=4", "not supported yet", "1"]),
+    ({"tree_width": 0}, ["tree_width=0", "at least 1"]),
+    ({"sparsity": "none"}, ["sparsity='none'", "draft_weights='shared'", "'coarse' or 'fine'"]),
+    ({"acceptance": "lossless", "threshold": 0.1}, ["threshold=0.1", "acceptance='lossless'", "drop it"]),
+    ({"acceptance": "lossless", "threshold_temperature": 1.0}, ["threshold_temperature=1.0", "acceptance='lossless'"]),
+    ({"sparsity": "fine", "refresh": True}, ["refresh=True", "sparsity='fine'", "drop it"]),
+    ({"treshold": 0.1}, ["'treshold'", "did you mean 'threshold'"]),
+    ({"draft_tensor_parallel_size": 2}, ["'draft_tensor_parallel_size'", "not an option"]),
+    ({"quantization": "fp8"}, ["'quantization'", "known options are acceptance"]),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED_OPTIONS, ids=lambda value: str(value)[:60])
+def test_bad_option_is_refused_with_option_value_and_remedy(options, words):
+    with pytest.raises(SiriusConfigError) as refusal:
+        SiriusConfig.from_options(options)
+    message = str(refusal.value)
+    assert all(word in message for word in words), message
+    assert message.count("\n") == 0
+
+
+def test_request_may_switch_off_and_set_its_threshold():
+    config = SiriusConfig()
+    assert parse_request_options(None, config) == RequestOptions(True, 0.1)
+    assert parse_request_options({"other_plugin": 3}, config) == RequestOptions(True, 0.1)
+    assert parse_request_options({"sirius": "off"}, config) == RequestOptions(False, 0.1)
+    assert parse_request_options({"sirius": False}, config) == RequestOptions(False, 0.1)
+    assert parse_request_options({"sirius": 1, "sirius_threshold": "0.5"}, config) == RequestOptions(True, 0.5)
+
+
+REFUSED_REQUEST_OPTIONS = [
+    ({"sirius": "maybe"}, ["sirius='maybe'", "true or false"]),
+    ({"sirius_threshold": "low"}, ["sirius_threshold='low'", "0.1"]),
+    ({"sirius_threshold": float("nan")}, ["sirius_threshold=nan"]),
+    ({"sirius_threshold": True}, ["sirius_threshold=True"]),
+    ({"sirius_threshold": [0.1]}, ["sirius_threshold=[0.1]"]),
+    ({"sirius_density": 0.3}, ["'sirius_density'", "'sirius_threshold'"]),
+]
+
+
+@pytest.mark.parametrize(("extra_args", "words"), REFUSED_REQUEST_OPTIONS, ids=lambda value: str(value)[:60])
+def test_bad_request_option_is_refused(extra_args, words):
+    with pytest.raises(SiriusConfigError) as refusal:
+        parse_request_options(extra_args, SiriusConfig())
+    assert all(word in str(refusal.value) for word in words), str(refusal.value)
+
+
+def test_request_cannot_make_a_lossless_engine_lossy():
+    with pytest.raises(SiriusConfigError, match="sirius_threshold=0.1.*acceptance='lossless'"):
+        parse_request_options({"sirius_threshold": 0.1}, SiriusConfig(acceptance="lossless"))

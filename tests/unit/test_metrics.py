@@ -1,0 +1,52 @@
+"""The speed model and the paper's metrics, against numbers of the paper."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_sirius.cli import acceptance_length
+from vllm_sirius.metrics import (
+    SpeculationCounts,
+    draft_density,
+    effective_density,
+    fine_ffn_density,
+    predicted_speedup,
+    read_counts,
+)
+
+
+def test_effective_density_reproduces_the_papers_rows():
+    # Llama-3-8B-Instruct: GSM8K coarse (d .65, AAL 15.22 of 16) has .706; GSM8K fine (d .76, AAL 15.37) has .807.
+    assert effective_density(0.649, 15, 15.22) == pytest.approx(0.706, abs=1e-3)
+    assert effective_density(0.766, 15, 15.37) == pytest.approx(0.807, abs=6e-3)
+
+
+def test_draft_density_of_llama_3_8b():
+    ffn, total = 32 * 3 * 4096 * 14336, 8.03e9
+    assert draft_density(ffn / total, 0.5) == pytest.approx(0.649, abs=1e-3)
+    assert draft_density(ffn / total, fine_ffn_density(0.5)) == pytest.approx(0.766, abs=1e-3)
+
+
+def test_speedup_of_a_free_draft_is_the_acceptance_length():
+    assert predicted_speedup(8.0, 15, 0.0, 1.0) == 8.0
+    assert predicted_speedup(16.0, 15, 1.0, 1.0) == 1.0
+
+
+def test_counts_are_read_from_vllms_metrics():
+    metrics = [
+        SimpleNamespace(name="vllm:spec_decode_num_drafts", value=10),
+        SimpleNamespace(name="vllm:spec_decode_num_draft_tokens", value=150),
+        SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens", value=110),
+        SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens_per_pos", values=[10, 9]),
+    ]
+    counts = read_counts(metrics)
+    assert counts == SpeculationCounts(10, 150, 110)
+    assert counts.acceptance_length == 12.0
+    assert counts.since(SpeculationCounts(4, 60, 50)) == SpeculationCounts(6, 90, 60)
+    assert read_counts([]).acceptance_length == 1.0
+
+
+def test_acceptance_length_of_a_constant_rate():
+    assert acceptance_length(0.0, 16) == 1.0
+    assert acceptance_length(1.0, 16) == 16.0
+    assert acceptance_length(0.5, 3) == 1.75

@@ -1,0 +1,169 @@
+"""The flocking statistic: GRIFFIN's on prompts, the refresh on accepted rows only, slots and prior."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
+from vllm_sirius.sparsity.fine import fine_mask
+from vllm_sirius.sparsity.statistics import (
+    PRIOR_DECAY,
+    PRIOR_TOKENS,
+    REFRESH_DECAY,
+    NeuronStatistics,
+    ObservedRows,
+)
+
+CPU = torch.device("cpu")
+
+
+def table(sizes=(3,), slots=2, pending=8) -> NeuronStatistics:
+    return NeuronStatistics(sizes, slots, pending, CPU)
+
+
+def prefill(statistics, slot, activation, start=0, layer=0):
+    statistics.begin_step([ObservedRows(slot, start, len(activation), pending=False)])
+    statistics.observe(layer, activation)
+    statistics.end_step()
+
+
+def test_prompt_statistic_is_the_square_of_griffins():
+    statistics = table()
+    slot = statistics.acquire()
+    activation = torch.tensor([[3.0, 4.0, 0.0], [0.0, -1.0, 0.0]])
+    prefill(statistics, slot, activation)
+    # Rows normalised: (.6, .8, 0) and (0, -1, 0); sums of squares over tokens: .36, 1.64, 0.
+    torch.testing.assert_close(statistics.energy[slot], torch.tensor([0.36, 1.64, 0.0]))
+    griffin = (activation / activation.norm(dim=1, keepdim=True)).norm(dim=0)
+    torch.testing.assert_close(statistics.energy[slot].sqrt(), griffin)
+
+
+def test_chunks_of_a_prompt_add_up_to_the_whole():
+    activation = torch.randn(7, 3)
+    whole, chunked = table(), table()
+    prefill(whole, whole.acquire(), activation)
+    slot = chunked.acquire()
+    for chunk in activation.split(3):
+        prefill(chunked, slot, chunk)
+    torch.testing.assert_close(whole.energy, chunked.energy)
+
+
+def test_rows_of_other_requests_and_padding_leave_no_trace():
+    statistics = table()
+    first, second = statistics.acquire(), statistics.acquire()
+    activation = torch.eye(3)[[0, 1, 1, 2]]
+    statistics.begin_step([ObservedRows(first, 0, 1, False), ObservedRows(second, 1, 2, False)])
+    statistics.observe(0, activation)
+    statistics.end_step()
+    assert statistics.energy[first].tolist() == [1, 0, 0]
+    assert statistics.energy[second].tolist() == [0, 2, 0]
+    statistics.observe(0, activation)
+    assert statistics.energy.sum() == 3
+
+
+def test_a_correction_pass_counts_its_accepted_rows_with_decay():
+    statistics = table()
+    slot = statistics.acquire()
+    prefill(statistics, slot, torch.eye(3)[[0]])
+    statistics.begin_step([ObservedRows(slot, 2, 3, pending=True)])
+    statistics.observe(0, torch.eye(3)[[0, 0, 1, 1, 2]])
+    statistics.end_step()
+    assert statistics.energy[slot].tolist() == [1, 0, 0]  # nothing counts before the verdict
+    statistics.commit(slot, num_emitted=2)
+    expected = [REFRESH_DECAY**2, REFRESH_DECAY + 1, 0.0]
+    torch.testing.assert_close(statistics.energy[slot], torch.tensor(expected))
+    statistics.commit(slot, num_emitted=2)  # a second verdict on the same pass has nothing to add
+    torch.testing.assert_close(statistics.energy[slot], torch.tensor(expected))
+
+
+def test_layers_do_not_mix():
+    statistics = NeuronStatistics((2, 3), 1, 4, CPU)
+    slot = statistics.acquire()
+    statistics.begin_step([ObservedRows(slot, 0, 1, False)])
+    statistics.observe(0, torch.tensor([[0.0, 2.0]]))
+    statistics.observe(1, torch.tensor([[0.0, 0.0, 5.0]]))
+    assert statistics.energy[slot].tolist() == [0, 1, 0, 0, 1]
+
+
+def test_long_prompts_do_not_drown_short_ones():
+    statistics = table()
+    long, short = statistics.acquire(), statistics.acquire()
+    prefill(statistics, long, torch.eye(3)[[0] * 100])
+    prefill(statistics, short, torch.eye(3)[[1]])
+    torch.testing.assert_close(statistics.scores([long, short]), torch.tensor([1.0, 1.0, 0.0]))
+
+
+def test_a_cached_prompt_starts_from_what_other_prompts_taught():
+    statistics = table()
+    slot = statistics.acquire()
+    prefill(statistics, slot, torch.eye(3)[[2, 2, 2]])
+    statistics.learn_prior(slot)
+    expected = torch.full((3,), 1 / 3) * PRIOR_DECAY + torch.tensor([0, 0, 1 - PRIOR_DECAY])
+    torch.testing.assert_close(statistics.prior, expected)
+    cached = statistics.acquire(cached_tokens=1000)
+    torch.testing.assert_close(statistics.energy[cached], expected * PRIOR_TOKENS)
+    torch.testing.assert_close(statistics.scores([cached]), expected)
+
+
+def test_without_any_knowledge_the_prior_decides():
+    statistics = table()
+    assert torch.equal(statistics.scores([]), statistics.prior)
+    assert torch.equal(statistics.scores([statistics.acquire()]), statistics.prior)
+
+
+def test_slots_are_bounded_reused_and_clean():
+    statistics = table(slots=2)
+    first, second = statistics.acquire(), statistics.acquire()
+    assert {first, second} == {0, 1}
+    assert statistics.acquire() is None
+    prefill(statistics, first, torch.randn(4, 3))
+    statistics.release(first)
+    assert statistics.acquire() == first
+    assert statistics.energy[first].count_nonzero() == 0
+
+
+def test_more_correction_rows_than_the_table_holds_skip_a_refresh():
+    statistics = table(pending=4)
+    first, second = statistics.acquire(), statistics.acquire()
+    statistics.begin_step([ObservedRows(first, 0, 3, True), ObservedRows(second, 3, 3, True)])
+    statistics.observe(0, torch.eye(3)[[0, 0, 0, 1, 1, 1]])
+    statistics.commit(first, 3)
+    statistics.commit(second, 3)
+    assert statistics.energy[first].count_nonzero() == 1
+    assert statistics.energy[second].count_nonzero() == 0
+
+
+def test_zero_activation_is_harmless():
+    statistics = table()
+    slot = statistics.acquire()
+    prefill(statistics, slot, torch.zeros(2, 3))
+    assert torch.isfinite(statistics.energy).all()
+    assert torch.isfinite(statistics.scores([slot])).all()
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 5, 1)])
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 1.0])
+def test_selection_keeps_the_highest_scores_of_each_layer(sizes, density):
+    selection = CoarseSelection(sizes, density, torch.float32, CPU)
+    addresses = [mask.data_ptr() for mask in selection.mask]
+    scores = torch.rand(sum(sizes))
+    selection.select(scores)
+    for mask, layer_scores in zip(selection.mask, scores.split(sizes), strict=True):
+        kept = num_kept_neurons(density, len(mask))
+        assert mask.sum() == kept == max(1, round(density * len(mask)))
+        if kept < len(mask):
+            assert layer_scores[mask == 1].min() > layer_scores[mask == 0].max()
+    assert addresses == [mask.data_ptr() for mask in selection.mask]
+
+
+def test_fine_mask_keeps_each_tokens_largest_gates():
+    gate = torch.tensor([[1.0, -5.0, 2.0, 0.0], [0.1, 0.2, -0.3, 0.4]])
+    assert fine_mask(gate, 0.5).tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert fine_mask(gate, 1.0).min() == 1
+
+
+def test_memory_is_what_the_tables_hold():
+    statistics = NeuronStatistics((10, 10), 4, 8, CPU)
+    assert statistics.num_bytes == 4 * 20 * 4 + 20 * 4 + 8 * 20 * 2
+    assert math.isfinite(statistics.scores([]).sum())

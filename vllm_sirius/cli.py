@@ -1,0 +1,93 @@
+"""The command ``vllm-sirius``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.errors import SiriusError
+from vllm_sirius.metrics import predicted_speedup
+
+CEILING_ACCEPTANCE = (0.8, 0.9, 0.95, 1.0)
+"""Per-token acceptance rates for which `doctor` prints a ceiling."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: Command line without the program's name; the process's own by default.
+
+    Returns:
+        Exit status: 0, or 1 if Sirius cannot serve what was asked.
+    """
+    parser = argparse.ArgumentParser(prog="vllm-sirius", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="say whether a model can be served with Sirius, and what it can gain")
+    doctor.add_argument("model", help="path or hub name")
+    doctor.add_argument("--speculative-config", type=json.loads, default={}, help="knobs of Sirius as JSON")
+    doctor.add_argument("--dtype", default="auto")
+    doctor.add_argument("--trust-remote-code", action="store_true")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    given = parser.parse_args(arguments)
+    try:
+        return _doctor(given)
+    except SiriusError as error:
+        print(f"not supported: {error}", file=sys.stderr)
+        return 1
+
+
+def acceptance_length(rate: float, kernel_size: int) -> float:
+    """Mean tokens per correction pass if each draft token passes with the same rate, independently.
+
+    Args:
+        rate: Acceptance rate of one draft token, from 0 to 1.
+        kernel_size: Most tokens per pass.
+
+    Returns:
+        ``1 + rate + ... + rate ** (kernel_size - 1)``.
+    """
+    return sum(rate**i for i in range(kernel_size))
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from vllm_sirius.integration.doctor import inspect_model
+
+    options = {key: value for key, value in given.speculative_config.items() if key != "method"}
+    config = SiriusConfig.from_options(options)
+    shape = inspect_model(
+        given.model, options, {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
+    )
+    draft = shape.draft_density(config)
+    length = config.kernel_size
+    ceilings = {
+        rate: predicted_speedup(acceptance_length(rate, length), length - 1, draft, 1.0) for rate in CEILING_ACCEPTANCE
+    }
+    if given.json:
+        report = {
+            "model": given.model,
+            "supported": True,
+            "gated_ffns": shape.num_ffns,
+            "neurons": shape.num_neurons,
+            "step_bytes": shape.step_bytes,
+            "ffn_share": shape.ffn_share,
+            "draft_density": draft,
+            "kernel_size": length,
+            "ceiling_by_acceptance_rate": ceilings,
+        }
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"{given.model}: supported")
+    print(f"  gated FFNs                 {shape.num_ffns} of {shape.num_neurons} neurons")
+    print(f"  weights read per step      {shape.step_bytes / 1e9:.2f} GB, {shape.ffn_share:.1%} of them FFN")
+    print(f"  a draft step reads         {draft:.1%} of that ({config.sparsity}, density {config.density})")
+    print(f"  ceiling of the speed-up at kernel size {length}, if a correction pass cost no more than one dense step:")
+    for rate, ceiling in ceilings.items():
+        print(
+            f"    {rate:.0%} of draft tokens accepted (acceptance length {acceptance_length(rate, length):5.2f})"
+            f"   {ceiling:.2f}x"
+        )
+    return 0

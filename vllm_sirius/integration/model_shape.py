@@ -1,0 +1,61 @@
+"""How much of a model the draft can leave out. Reads modules of ``vllm.model_executor.layers``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.ffn.locate import GatedFFN
+from vllm_sirius.metrics import draft_density, fine_ffn_density
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that decide what Sirius can gain, of one tensor-parallel rank.
+
+    Attributes:
+        num_ffns: Gated FFNs.
+        num_neurons: Neurons of the first of them.
+        step_bytes: Weight bytes a dense decoding step reads.
+        ffn_bytes: Part of them that belongs to gated FFNs.
+    """
+
+    num_ffns: int
+    num_neurons: int
+    step_bytes: int
+    ffn_bytes: int
+
+    @property
+    def ffn_share(self) -> float:
+        """Part of a dense step's bytes that belongs to gated FFNs."""
+        return self.ffn_bytes / self.step_bytes
+
+    def draft_density(self, config: SiriusConfig) -> float:
+        """Part of a dense step's bytes that a draft step has to read."""
+        kept = config.density if config.sparsity == "coarse" else fine_ffn_density(config.density)
+        return draft_density(self.ffn_share, kept)
+
+
+def measure_shape(model: nn.Module, ffns: Sequence[GatedFFN]) -> ModelShape:
+    """Measures a model whose weights still have their plain shapes (built, not yet packed; meta tensors will do).
+
+    Args:
+        model: The model.
+        ffns: Its gated FFNs.
+
+    Returns:
+        The sizes. A token embedding of its own is left out: a step reads one row of it per token.
+    """
+    step_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    heads = [module for module in model.modules() if isinstance(module, ParallelLMHead)]
+    for module in model.modules():
+        # The same module serves as embedding and head where the two are tied, and the head is read as a whole.
+        if type(module) is VocabParallelEmbedding and heads and not any(h.weight is module.weight for h in heads):
+            step_bytes -= module.weight.numel() * module.weight.element_size()
+    element_size = ffns[0].gate_up.weight.element_size()  # type: ignore[union-attr,operator]
+    ffn_bytes = sum(ffn.num_parameters for ffn in ffns) * int(element_size)
+    return ModelShape(len(ffns), ffns[0].num_neurons, step_bytes, ffn_bytes)

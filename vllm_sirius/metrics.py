@@ -1,0 +1,99 @@
+"""The numbers by which Sirius is judged, and how to read them out of vLLM. Leaf module.
+
+vLLM counts speculative decoding itself (``vllm:spec_decode_*``); nothing is counted twice here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SpeculationCounts:
+    """vLLM's counters of speculative decoding.
+
+    Attributes:
+        num_drafts: Correction passes that had draft tokens to judge.
+        num_draft_tokens: Draft tokens judged.
+        num_accepted_tokens: Draft tokens accepted.
+    """
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens per correction pass, the paper's AAL (section 2): accepted tokens and the target's own one."""
+        return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    def since(self, earlier: SpeculationCounts) -> SpeculationCounts:
+        """What was counted after `earlier`."""
+        return SpeculationCounts(
+            self.num_drafts - earlier.num_drafts,
+            self.num_draft_tokens - earlier.num_draft_tokens,
+            self.num_accepted_tokens - earlier.num_accepted_tokens,
+        )
+
+
+def read_counts(metrics: Iterable[Any]) -> SpeculationCounts:
+    """Reads the counters out of ``LLM.get_metrics()``.
+
+    Args:
+        metrics: vLLM's metrics, objects with ``name`` and ``value``; needs ``disable_log_stats=False``.
+
+    Returns:
+        The counts since the engine started; zeros where nothing was drafted.
+    """
+    values = {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    return SpeculationCounts(*(int(values.get(f"vllm:spec_decode_{name}", 0)) for name in names))
+
+
+def draft_density(ffn_share: float, density: float) -> float:
+    """Part of the weights a draft step reads (the paper's ``d``, section 2).
+
+    Args:
+        ffn_share: Part of the weights that a dense step reads which belongs to gated FFNs.
+        density: Part of the FFN that the draft reads.
+
+    Returns:
+        A number in (0, 1].
+    """
+    return 1.0 - ffn_share * (1.0 - density)
+
+
+def fine_ffn_density(density: float) -> float:
+    """Part of the FFN that fine sparsity reads: the gate is dense, up and down are not (paper section 3)."""
+    return (1.0 + 2.0 * density) / 3.0
+
+
+def effective_density(draft_step_density: float, mean_drafted: float, acceptance_length: float) -> float:
+    """Weights read per emitted token against dense decoding (paper section 2, with a correction pass counted as one step).
+
+    Args:
+        draft_step_density: `draft_density` of a draft step.
+        mean_drafted: Mean draft tokens per correction pass; ``kernel_size - 1`` without adaptive length.
+        acceptance_length: Mean tokens per correction pass.
+
+    Returns:
+        The density; below 1 decoding reads less than without Sirius.
+    """
+    return (mean_drafted * draft_step_density + 1.0) / acceptance_length
+
+
+def predicted_speedup(acceptance_length: float, mean_drafted: float, draft_cost: float, verify_cost: float) -> float:
+    """The speed model: tokens per correction pass over its cost in dense one-token steps.
+
+    Args:
+        acceptance_length: Mean tokens per correction pass.
+        mean_drafted: Mean draft tokens per correction pass.
+        draft_cost: Draft step over dense step.
+        verify_cost: Correction pass over dense step.
+
+    Returns:
+        Speed against decoding without Sirius.
+    """
+    return acceptance_length / (mean_drafted * draft_cost + verify_cost)
