@@ -58,9 +58,7 @@ def _doctor(given: argparse.Namespace) -> int:
 
     options = {key: value for key, value in given.speculative_config.items() if key != "method"}
     config = SiriusConfig.from_options(options)
-    shape = inspect_model(
-        given.model, options, {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
-    )
+    shape = inspect_model(given.model, options, {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code})
     draft = shape.draft_density(config)
     length = config.kernel_size
     ceilings = {

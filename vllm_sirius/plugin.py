@@ -56,8 +56,8 @@ def _version_mismatch() -> str | None:
     if os.environ.get(ALLOW_UNTESTED) == "1":
         return None
     return (
-        f"this release of vllm-sirius supports vLLM {TARGET_VLLM_VERSION}, and vLLM {found} is installed: install the pair named in "
-        f"the README's compatibility table, or set {ALLOW_UNTESTED}=1 to try it."
+        f"this release of vllm-sirius supports vLLM {TARGET_VLLM_VERSION}, and vLLM {found} is installed: install the pair "
+        f"named in the README's compatibility table, or set {ALLOW_UNTESTED}=1 to try it."
     )
 
 

@@ -69,7 +69,9 @@ def _parse_switch(value: Any) -> bool:
 
 
 def _parse_threshold(value: Any) -> float:
-    text = f"{THRESHOLD_KEY}={value!r} is not a finite number: give a likelihood such as 0.1, or more than 1 for lossless."
+    text = (
+        f"{THRESHOLD_KEY}={value!r} is not a finite number: give a likelihood such as 0.1, or more than 1 for lossless."
+    )
     if isinstance(value, bool):
         raise SiriusConfigError(text)
     try:

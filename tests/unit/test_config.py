@@ -53,7 +53,10 @@ REFUSED_OPTIONS = [
     ({"kernel_size": "16"}, ["kernel_size='16'", "whole number"]),
     ({"num_speculative_tokens": 0}, ["num_speculative_tokens=0", "from 1 to 127"]),
     ({"num_speculative_tokens": -3}, ["num_speculative_tokens=-3", "from 1 to 127"]),
-    ({"kernel_size": 16, "num_speculative_tokens": 16}, ["kernel_size=16", "num_speculative_tokens=16", "kernel_size=17"]),
+    (
+        {"kernel_size": 16, "num_speculative_tokens": 16},
+        ["kernel_size=16", "num_speculative_tokens=16", "kernel_size=17"],
+    ),
     ({"sparsity": "medium"}, ["sparsity='medium'", "coarse, fine, none"]),
     ({"sparsity": None}, ["sparsity=None", "coarse, fine, none"]),
     ({"density": 0}, ["density=0", "(0, 1]"]),

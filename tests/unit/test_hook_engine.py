@@ -104,4 +104,6 @@ def test_resolve_returns_the_stored_attribute(toy):
 
 
 def test_engine_knows_nothing_of_sirius_or_vllm():
-    assert "vllm" not in {name.split(".")[0] for name in vars(hook_engine) if isinstance(vars(hook_engine)[name], types.ModuleType)}
+    assert "vllm" not in {
+        name.split(".")[0] for name in vars(hook_engine) if isinstance(vars(hook_engine)[name], types.ModuleType)
+    }

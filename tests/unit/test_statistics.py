@@ -18,8 +18,8 @@ from vllm_sirius.sparsity.statistics import (
 CPU = torch.device("cpu")
 
 
-def table(sizes=(3,), slots=2, pending=8) -> NeuronStatistics:
-    return NeuronStatistics(sizes, slots, pending, CPU)
+def table(sizes=(3,), slots=2, pending=8, decay=1.0) -> NeuronStatistics:
+    return NeuronStatistics(sizes, slots, pending, CPU, decay)
 
 
 def prefill(statistics, slot, activation, start=0, layer=0):
@@ -49,6 +49,16 @@ def test_chunks_of_a_prompt_add_up_to_the_whole():
     torch.testing.assert_close(whole.energy, chunked.energy)
 
 
+def test_recent_prompt_tokens_weigh_more_where_the_set_is_refreshed():
+    statistics = NeuronStatistics((3,), 1, 0, CPU)
+    slot = statistics.acquire()
+    for chunk in (torch.eye(3)[[0, 1]], torch.eye(3)[[2]]):
+        prefill(statistics, slot, chunk)
+    expected = torch.tensor([REFRESH_DECAY**2, REFRESH_DECAY, 1.0])
+    torch.testing.assert_close(statistics.energy[slot], expected)
+    torch.testing.assert_close(statistics.scores([slot]), expected / expected.sum())
+
+
 def test_rows_of_other_requests_and_padding_leave_no_trace():
     statistics = table()
     first, second = statistics.acquire(), statistics.acquire()
@@ -63,15 +73,15 @@ def test_rows_of_other_requests_and_padding_leave_no_trace():
 
 
 def test_a_correction_pass_counts_its_accepted_rows_with_decay():
-    statistics = table()
+    statistics = table(decay=0.5)
     slot = statistics.acquire()
     prefill(statistics, slot, torch.eye(3)[[0]])
     statistics.begin_step([ObservedRows(slot, 2, 3, pending=True)])
-    statistics.observe(0, torch.eye(3)[[0, 0, 1, 1, 2]])
+    statistics.observe(0, torch.eye(3)[[1, 1, 0, 1, 2]])
     statistics.end_step()
     assert statistics.energy[slot].tolist() == [1, 0, 0]  # nothing counts before the verdict
     statistics.commit(slot, num_emitted=2)
-    expected = [REFRESH_DECAY**2, REFRESH_DECAY + 1, 0.0]
+    expected = [0.25 + 0.5, 1.0, 0.0]  # prompt faded by two tokens, rows 2 (neuron 0) and 3 (neuron 1)
     torch.testing.assert_close(statistics.energy[slot], torch.tensor(expected))
     statistics.commit(slot, num_emitted=2)  # a second verdict on the same pass has nothing to add
     torch.testing.assert_close(statistics.energy[slot], torch.tensor(expected))

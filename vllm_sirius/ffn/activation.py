@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 
 
-class Activation(str, Enum):
+class Activation(StrEnum):
     """The activation of an FFN's gate; members compare equal to their names as strings."""
 
     SILU = "silu"

@@ -1,9 +1,11 @@
 """The switch between target and draft in every gated FFN of a model.
 
-`ReducedFFNs.install` puts a `SwitchedActivation` in the place of each FFN's activation. In target mode it runs the
-original activation and shows the result to the statistics; in draft mode it drops the activations of the neurons that are
-not kept, which removes their gate, up and down weights from the result. Everything around it (projections, tensor
-parallelism, multipliers of the model) stays the model's own.
+In target mode an FFN runs as the model wrote it, and its activations are shown to the statistics. In draft mode it runs
+reduced, in one of two ways:
+
+* *native*: compiled kernels read the rows of the kept neurons only;
+* *masked*: the model's own projections run whole and the activations of the other neurons are set to zero. Same result,
+  no extra memory, nothing saved; it works wherever the model works.
 
 The mode is a Python flag, so draft forwards must run outside of compiled graphs; target forwards may be compiled.
 """
@@ -12,14 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn
 from vllm_sirius.ffn.locate import GatedFFN
-from vllm_sirius.sparsity.coarse import CoarseSelection
+from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
 from vllm_sirius.sparsity.fine import fine_mask
 from vllm_sirius.sparsity.statistics import NeuronStatistics
+
+MAX_NATIVE_TOKENS = 16
+"""Largest batch for the native kernels; beyond it the packed dense projections of vLLM are faster."""
 
 _OBSERVERS: list[NeuronStatistics] = []
 
@@ -48,8 +55,10 @@ class ReducedFFNs:
         density: Part of the neurons the draft keeps.
         selection: The coarse selection, or ``None`` for fine sparsity.
         statistics: What coarse selection learns from, or ``None`` for fine sparsity.
+        rows: Neuron-major weights of each FFN (`weights.neuron_rows`) for the native way, or ``None`` for the masked one.
 
     Attributes:
+        drafting: The mode.
         num_draft_calls: FFNs run reduced so far.
     """
 
@@ -59,13 +68,20 @@ class ReducedFFNs:
         density: float,
         selection: CoarseSelection | None,
         statistics: NeuronStatistics | None,
+        rows: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.ffns = tuple(ffns)
         self.density = density
         self.selection = selection
         self.statistics = statistics
+        self.rows = tuple(rows) if rows is not None else None
         self.drafting = False
         self.num_draft_calls = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the neuron-major copies."""
+        return sum(rows.numel() * rows.element_size() for rows in self.rows or ())
 
     def install(self) -> None:
         """Puts the switch into every FFN of the model."""
@@ -75,21 +91,13 @@ class ReducedFFNs:
             _OBSERVERS.append(self.statistics)
         for layer, ffn in enumerate(self.ffns):
             original = getattr(ffn.module, ffn.activation_name)
-            switch = SwitchedActivation(original, self, ffn, layer, observer)
-            setattr(ffn.module, ffn.activation_name, switch)
+            setattr(ffn.module, ffn.activation_name, SwitchedActivation(original, self, ffn, layer, observer))
+            if self.rows is not None:
+                _switch_forward(ffn.module, self, layer)
 
-    @property
-    def kernel_name(self) -> str:
-        """What computes the reduced FFN."""
-        return "masked dense FFN"
-
-    def predicted_draft_cost(self, draft_density: float) -> float:
-        """Cost of a draft step in target steps, from the weights it reads.
-
-        Args:
-            draft_density: Part of the target's weights that the draft needs.
-        """
-        return 1.0
+    def drop_rows(self) -> None:
+        """Goes over to the masked way for good."""
+        self.rows = None
 
     @contextmanager
     def draft_mode(self) -> Iterator[None]:
@@ -101,9 +109,26 @@ class ReducedFFNs:
         finally:
             self.drafting = False
 
+    def run_native(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Runs one reduced FFN by the compiled kernels.
+
+        Args:
+            layer: Index of the FFN.
+            hidden_states: ``[num_tokens, hidden_size]``.
+
+        Returns:
+            ``[num_tokens, hidden_size]``.
+        """
+        assert self.rows is not None
+        self.num_draft_calls += 1
+        rows, activation = self.rows[layer], self.ffns[layer].activation
+        if self.selection is not None:
+            return coarse_ffn(hidden_states, rows, self.selection.indices[layer], activation)
+        return fine_ffn(hidden_states, rows, num_kept_neurons(self.density, rows.shape[0]), activation)
+
 
 class SwitchedActivation(nn.Module):
-    """An FFN's activation that can drop neurons.
+    """An FFN's activation that can drop neurons: the masked way.
 
     Args:
         original: The activation of the model, ``[num_tokens, 2 * neurons] -> [num_tokens, neurons]``.
@@ -120,7 +145,7 @@ class SwitchedActivation(nn.Module):
         self._layer = layer
         self._observer = observer
         self._num_neurons = ffn.num_neurons
-        self._gate_function = ffn.gate_function
+        self._gate_function = ffn.activation.function
         self._gate_first = ffn.gate_first
         self._energy = owner.statistics.energy if owner.statistics is not None else None
 
@@ -141,3 +166,16 @@ class SwitchedActivation(nn.Module):
         start = 0 if self._gate_first else self._num_neurons
         gate = gate_up[..., start : start + self._num_neurons]
         return fine_mask(self._gate_function(gate), self._owner.density)
+
+
+def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
+    """Gives one FFN a class of its own whose forward can go the native way."""
+    upstream = type(module)
+
+    def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if owner.drafting and owner.rows is not None and hidden_states.shape[0] <= MAX_NATIVE_TOKENS:
+            return owner.run_native(layer, hidden_states)
+        output: torch.Tensor = upstream.forward(self, hidden_states, *args, **kwargs)
+        return output
+
+    module.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"forward": forward})

@@ -6,23 +6,19 @@ a down projection. Experts of MoE layers and encoders of other modalities are le
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.ffn.activation import Activation
 
 GATE_UP_NAMES = ("gate_up_proj", "w13", "up_gate_proj", "gate_proj_up_proj")
 DOWN_NAMES = ("down_proj", "w2", "c_proj", "linear_2", "output_linear")
 ACTIVATION_NAMES = ("act_fn", "act", "activation")
 OTHER_MODALITIES = ("vision", "visual", "audio", "image", "speech", "encoder.")
 EXPERT_NAMES = ("experts", "shared_expert")
-
-GateFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class GatedFFN:
         gate_up: Its merged projection, weight ``[2 * neurons, hidden_size]``.
         down: Its down projection, weight ``[hidden_size, neurons]``.
         activation_name: Attribute of `module` that holds the activation.
-        gate_function: The activation of the gate half alone.
+        activation: The activation of the gate half alone.
         gate_first: Whether the gate is the first half of the merged projection.
         hidden_size: Width of the model.
         num_neurons: Neurons on this tensor-parallel rank.
@@ -46,7 +42,7 @@ class GatedFFN:
     gate_up: nn.Module
     down: nn.Module
     activation_name: str
-    gate_function: GateFunction
+    activation: Activation
     gate_first: bool
     hidden_size: int
     num_neurons: int
@@ -102,14 +98,14 @@ def _as_gated_ffn(name: str, module: nn.Module) -> GatedFFN | None:
         return None
     if getattr(down, "input_size_per_partition", None) != sizes[0]:
         return None
-    gate_function, gate_first = _gate_function(name, getattr(module, activation_name))
+    activation, gate_first = _split_activation(name, getattr(module, activation_name))
     return GatedFFN(
         name=name,
         module=module,
         gate_up=gate_up,
         down=down,
         activation_name=activation_name,
-        gate_function=gate_function,
+        activation=activation,
         gate_first=gate_first,
         hidden_size=int(gate_up.input_size),  # type: ignore[arg-type]
         num_neurons=int(sizes[0]),
@@ -124,15 +120,15 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
-def _gate_function(name: str, activation: Any) -> tuple[GateFunction, bool]:
-    kind = type(activation).__name__
+def _split_activation(name: str, module: Any) -> tuple[Activation, bool]:
+    """The activation of the gate, and whether the gate is the first half."""
+    kind = type(module).__name__
     if kind == "SiluAndMul":
-        return F.silu, True
+        return Activation.SILU, True
     if kind == "MulAndSilu":
-        return F.silu, False
+        return Activation.SILU, False
     if kind == "GeluAndMul":
-        approximate = activation.approximate
-        return lambda gate: F.gelu(gate, approximate=approximate), True
+        return (Activation.GELU_TANH if module.approximate == "tanh" else Activation.GELU), True
     raise SiriusUnsupportedError(
         f"the FFN {name!r} uses the activation {kind}, which is not known to split into a gate and an up half: serve this "
         "model without --speculative-model sirius, or report the model so that it can be added."

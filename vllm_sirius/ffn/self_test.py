@@ -11,10 +11,36 @@ from collections.abc import Callable
 import torch
 
 from vllm_sirius.errors import SiriusIntegrationError
+from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn
 from vllm_sirius.ffn.layer import ReducedFFNs
 
 NUM_TOKENS = 4
-REMEDY = "another plugin may have replaced the model's modules; report this with the model's name and the engine's options."
+REMEDY = (
+    "another plugin may have replaced the model's modules; report this with the model's name and the engine's options."
+)
+
+
+MAX_ROW_ERROR = 0.03
+"""Largest relative difference between an FFN and its neuron rows that rounding explains, in any dtype."""
+
+
+def rows_reproduce_ffns(ffns: ReducedFFNs, dtype: torch.dtype) -> bool:
+    """Whether gate, up and down rows with all neurons give what the model's own FFNs give.
+
+    They do not where an FFN computes more than that, for example multiplies its output.
+
+    Args:
+        ffns: The switch, in target mode, with neuron rows.
+        dtype: The model's dtype.
+    """
+    assert ffns.rows is not None
+    for ffn, rows in zip(ffns.ffns, ffns.rows, strict=True):
+        hidden_states = _random_hidden_states(ffn.hidden_size, dtype)
+        dense = ffn.module(hidden_states).float()
+        whole = coarse_ffn(hidden_states, rows, torch.arange(rows.shape[0], dtype=torch.int32), ffn.activation).float()
+        if not float((dense - whole).norm()) <= MAX_ROW_ERROR * float(dense.norm()):
+            return False
+    return True
 
 
 def assert_draft_is_reduced(ffns: ReducedFFNs, draft_forward: Callable[[], object], dtype: torch.dtype) -> float:
@@ -32,21 +58,28 @@ def assert_draft_is_reduced(ffns: ReducedFFNs, draft_forward: Callable[[], objec
         SiriusIntegrationError: If an FFN gives the dense result although neurons are dropped, or is not run reduced in a
             draft pass of the whole model.
     """
-    generator = torch.Generator().manual_seed(0)
     differences = []
     for layer, ffn in enumerate(ffns.ffns):
-        hidden_states = torch.randn(NUM_TOKENS, ffn.hidden_size, generator=generator).to(dtype)
+        hidden_states = _random_hidden_states(ffn.hidden_size, dtype)
         dense = ffn.module(hidden_states).float()
         with ffns.draft_mode():
             draft = ffn.module(hidden_states).float()
         difference = float((dense - draft).norm() / dense.norm().clamp_min(1e-9))
         if ffns.density < 1.0 and not difference > 0.0:
-            raise SiriusIntegrationError(f"self-test: the FFN {ffns.ffns[layer].name!r} drafts with all its neurons: {REMEDY}")
+            raise SiriusIntegrationError(
+                f"self-test: the FFN {ffns.ffns[layer].name!r} drafts with all its neurons: {REMEDY}"
+            )
         differences.append(difference)
     calls = ffns.num_draft_calls
     with ffns.draft_mode():
         draft_forward()
     reduced = ffns.num_draft_calls - calls
     if reduced != len(ffns.ffns):
-        raise SiriusIntegrationError(f"self-test: a draft pass ran {reduced} of {len(ffns.ffns)} FFNs reduced: {REMEDY}")
+        raise SiriusIntegrationError(
+            f"self-test: a draft pass ran {reduced} of {len(ffns.ffns)} FFNs reduced: {REMEDY}"
+        )
     return sum(differences) / len(differences)
+
+
+def _random_hidden_states(hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(NUM_TOKENS, hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)

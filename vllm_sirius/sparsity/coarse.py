@@ -17,6 +17,7 @@ class CoarseSelection:
 
     Attributes:
         mask: 1 where a neuron is kept and 0 elsewhere, one tensor ``[neurons]`` per layer, in the model's dtype.
+        indices: The kept neurons in ascending order, one tensor ``int32 [kept]`` per layer.
 
     Args:
         layer_sizes: Neurons per FFN layer on this rank.
@@ -25,13 +26,14 @@ class CoarseSelection:
         device: Where the buffers live.
     """
 
-    def __init__(
-        self, layer_sizes: Sequence[int], density: float, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, layer_sizes: Sequence[int], density: float, dtype: torch.dtype, device: torch.device) -> None:
         self.layer_sizes = tuple(layer_sizes)
         self.density = density
         self._flat_mask = torch.ones(sum(self.layer_sizes), dtype=dtype, device=device)
         self.mask = list(self._flat_mask.split(self.layer_sizes))
+        kept = [num_kept_neurons(density, size) for size in self.layer_sizes]
+        self._flat_indices = torch.cat([torch.arange(count, dtype=torch.int32, device=device) for count in kept])
+        self.indices = list(self._flat_indices.split(kept))
 
     def select(self, scores: torch.Tensor) -> None:
         """Keeps the highest scores of each layer.
@@ -41,9 +43,12 @@ class CoarseSelection:
         """
         if len(set(self.layer_sizes)) == 1:
             size = self.layer_sizes[0]
-            kept = scores.view(-1, size).topk(num_kept_neurons(self.density, size), dim=1, sorted=False).indices
+            layered = scores.view(-1, size)
+            kept = layered.topk(num_kept_neurons(self.density, size), dim=1, sorted=False).indices.sort(dim=1).values
             self._flat_mask.view(-1, size).zero_().scatter_(1, kept, 1.0)
+            self._flat_indices.view(layered.shape[0], -1).copy_(kept)
             return
-        for mask, layer_scores in zip(self.mask, scores.split(self.layer_sizes), strict=True):
-            kept = layer_scores.topk(num_kept_neurons(self.density, mask.shape[0]), sorted=False).indices
+        for mask, indices, layer_scores in zip(self.mask, self.indices, scores.split(self.layer_sizes), strict=True):
+            kept = layer_scores.topk(indices.shape[0], sorted=False).indices.sort().values
             mask.zero_().scatter_(0, kept, 1.0)
+            indices.copy_(kept)

@@ -1,8 +1,8 @@
 """The flocking statistic of GRIFFIN, kept per request, refreshed from correction passes.
 
 For a token with FFN activation ``z`` (``act(gate) * up``, before the down projection) the statistic adds
-``weight * (z / ||z||)**2`` to the row of the token's request. Summed over a prompt with weight 1 this is the square of
-GRIFFIN's ``s`` (paper.md section 2), which has the same order.
+``(z / ||z||)**2`` to the row of the token's request, after the row has faded by a decay. Without decay the sum over a
+prompt is the square of GRIFFIN's ``s`` (arXiv 2404.01365), which has the same order.
 
 All tables are allocated once. A request owns one *slot*, a row of the tables, from its first token to its end.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-REFRESH_DECAY = 0.9
-"""Factor per generated token by which older activations fade."""
+REFRESH_DECAY = 0.97
+"""Factor per token by which older activations fade where the set is refreshed: a memory of about 33 tokens."""
 
 PRIOR_DECAY = 0.9
 """Factor per finished prompt by which the model-wide prior fades."""
@@ -54,9 +54,7 @@ class NeuronStatistics:
         device: Where the tables live.
     """
 
-    def __init__(
-        self, layer_sizes: Sequence[int], num_slots: int, max_pending_rows: int, device: torch.device
-    ) -> None:
+    def __init__(self, layer_sizes: Sequence[int], num_slots: int, max_pending_rows: int, device: torch.device) -> None:
         self.layer_sizes = tuple(layer_sizes)
         self.offsets = [sum(self.layer_sizes[:i]) for i in range(len(self.layer_sizes))]
         total = sum(self.layer_sizes)
@@ -130,8 +128,7 @@ class NeuronStatistics:
             end = max(run.start + run.count for run in direct)
             self._direct = torch.zeros(len(direct), end, device=device)
             for row, run in enumerate(direct):
-                self._direct[row, run.start : run.start + run.count] = 1.0
-                self._weight[run.slot] += run.count
+                self._direct[row, run.start : run.start + run.count] = self._fade(run.slot, run.count)
 
     def end_step(self) -> None:
         """Stops observing: forward passes until the next `begin_step` leave no trace."""
@@ -164,10 +161,15 @@ class NeuronStatistics:
         kept = min(num_emitted, count)
         if kept == 0:
             return
-        fade = REFRESH_DECAY ** torch.arange(kept - 1, -1, -1, device=self.energy.device, dtype=torch.float32)
-        rows = self._pending[start : start + kept].float()
-        self.energy[slot].mul_(REFRESH_DECAY**kept).add_(fade @ rows)
-        self._weight[slot] = self._weight[slot] * REFRESH_DECAY**kept + float(fade.sum())
+        weights = self._fade(slot, kept)
+        self.energy[slot].add_(weights @ self._pending[start : start + kept].float())
+
+    def _fade(self, slot: int, count: int) -> torch.Tensor:
+        """Makes room for `count` new tokens in a slot: fades what is there, returns the weights of the new ones."""
+        weights = self.decay ** torch.arange(count - 1, -1, -1, device=self.energy.device, dtype=torch.float32)
+        self.energy[slot].mul_(self.decay**count)
+        self._weight[slot] = self._weight[slot] * self.decay**count + float(weights.sum())
+        return weights
 
     def learn_prior(self, slot: int) -> None:
         """Moves the model-wide prior towards a request whose prompt is complete."""

@@ -74,9 +74,7 @@ class DraftForward:
             table = runner.input_batch.block_table[group_id]
             group_common = copy.copy(common)
             group_common.block_table_tensor = table.block_table.gpu[rows]
-            group_common.slot_mapping = draft_slot_mapping(
-                group_common.block_table_tensor, positions, table.block_size
-            )
+            group_common.slot_mapping = draft_slot_mapping(group_common.block_table_tensor, positions, table.block_size)
             for group in groups:
                 metadata = group.build_metadata(group_common)
                 for layer_name in group.layer_names:

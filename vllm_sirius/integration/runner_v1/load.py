@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,23 +12,59 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader import get_model_loader
 
 from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
+from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
 
 
-class _MeasuredLinearMethod(UnquantizedLinearMethod):
-    """Upstream's method for one down projection, which also keeps the norms of its neurons.
+class _ReadLinearMethod(UnquantizedLinearMethod):
+    """Upstream's method for a projection of an FFN that lets `reader` see the plain weight once it is loaded.
 
-    vLLM's CPU build packs the weights once they are loaded and drops the plain ones, so this is the last moment.
+    vLLM's CPU build then packs the weight and drops the plain one, so this is the last moment.
     """
 
-    neuron_norms: torch.Tensor
+    reader: Callable[[torch.Tensor], None]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.neuron_norms = layer.weight.data.float().square().sum(dim=0)
+        self.reader(layer.weight.data)
         super().process_weights_after_loading(layer)
 
 
+class _FFNReader:
+    """Collects what the draft needs of one FFN's weights: the neurons' norms, and their rows if wanted."""
+
+    def __init__(self, ffn: GatedFFN, want_rows: bool) -> None:
+        self.norms: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        self._ffn = ffn
+        self._want_rows = want_rows
+        self._plain: dict[str, torch.Tensor] = {}
+        self._watch("gate_up", ffn.gate_up)
+        self._watch("down", ffn.down)
+
+    def _watch(self, part: str, layer: nn.Module) -> None:
+        method = getattr(layer, "quant_method", None)
+        if type(method) is not UnquantizedLinearMethod:
+            raise SiriusUnsupportedError(
+                f"the FFN {self._ffn.name!r} stores its weights by {type(method).__name__}, whose rows cannot be read yet: "
+                "serve the unquantised checkpoint."
+            )
+        method.__class__ = _ReadLinearMethod
+        method.reader = lambda weight: self._read(part, weight)
+
+    def _read(self, part: str, weight: torch.Tensor) -> None:
+        if part == "down":
+            self.norms = neuron_norms(weight)
+        if not self._want_rows:
+            return
+        self._plain[part] = weight
+        if len(self._plain) == 2:
+            self.rows = neuron_rows(self._plain["gate_up"], self._plain["down"], self._ffn.gate_first)
+            self._plain.clear()
+
+
+@dataclass(frozen=True)
 class LoadedTarget:
     """The target and its FFNs.
 
@@ -35,13 +73,16 @@ class LoadedTarget:
         ffns: Its gated FFNs.
         shape: Its sizes.
         neuron_norms: ``||down_j||**2`` of every neuron of every layer, one after the other, ``float32``.
+        rows: Neuron-major weights of each FFN, or ``None`` where no native kernel can use them.
+        kernels: What computes the reduced FFNs.
     """
 
-    def __init__(self, model: nn.Module, ffns: list[GatedFFN], shape: ModelShape) -> None:
-        self.model = model
-        self.ffns = ffns
-        self.shape = shape
-        self.neuron_norms = torch.cat([ffn.down.quant_method.neuron_norms for ffn in ffns])  # type: ignore[union-attr]
+    model: nn.Module
+    ffns: list[GatedFFN]
+    shape: ModelShape
+    neuron_norms: torch.Tensor
+    rows: list[torch.Tensor] | None
+    kernels: KernelChoice
 
 
 def load_target(vllm_config: Any) -> LoadedTarget:
@@ -58,27 +99,27 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     """
     loader = get_model_loader(vllm_config.load_config)
     create_model = loader.create_model
-    ffns: list[GatedFFN] = []
-    shapes: list[ModelShape] = []
+    built: list[tuple[list[GatedFFN], ModelShape, list[_FFNReader], KernelChoice]] = []
 
     def create_and_check(*args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = create_model(*args, **kwargs)
-        ffns.extend(locate_gated_ffns(model))
-        for ffn in ffns:
-            _measure(ffn)
-        shapes.append(measure_shape(model, ffns))
+        ffns = locate_gated_ffns(model)
+        kernels = _choose_kernels(vllm_config, ffns)
+        built.append((ffns, measure_shape(model, ffns), [_FFNReader(ffn, kernels.native) for ffn in ffns], kernels))
         return model
 
     loader.create_model = create_and_check  # type: ignore[method-assign]
     model = loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
-    return LoadedTarget(model, ffns, shapes[0])
+    ffns, shape, readers, kernels = built[0]
+    norms = [reader.norms for reader in readers if reader.norms is not None]
+    rows = [reader.rows for reader in readers if reader.rows is not None]
+    assert len(norms) == len(ffns), "the loader did not process the weights of every FFN"
+    return LoadedTarget(model, ffns, shape, torch.cat(norms), rows if kernels.native else None, kernels)
 
 
-def _measure(ffn: GatedFFN) -> None:
-    method = getattr(ffn.down, "quant_method", None)
-    if type(method) is not UnquantizedLinearMethod:
-        raise SiriusUnsupportedError(
-            f"the FFN {ffn.name!r} stores its weights by {type(method).__name__}, whose rows cannot be read yet: serve the "
-            "unquantised checkpoint."
-        )
-    method.__class__ = _MeasuredLinearMethod
+def _choose_kernels(vllm_config: Any, ffns: list[GatedFFN]) -> KernelChoice:
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        return KernelChoice(False, "tensor parallel")
+    if any(getattr(layer, "bias", None) is not None for ffn in ffns for layer in (ffn.gate_up, ffn.down)):
+        return KernelChoice(False, "FFN with bias")
+    return choose_kernels(vllm_config.model_config.dtype, vllm_config.device_config.device)

@@ -9,12 +9,14 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_sirius.drafting.loop import draft_tokens
-from vllm_sirius.ffn.self_test import assert_draft_is_reduced
+from vllm_sirius.ffn.kernels.native import KernelChoice
+from vllm_sirius.ffn.self_test import assert_draft_is_reduced, rows_reproduce_ffns
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.load import load_target
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.speculative_config import METHOD, sirius_config
+
 
 class SiriusCPUModelRunner(CPUModelRunner):
     """Upstream's CPU runner whose drafter is the target itself.
@@ -33,7 +35,9 @@ class SiriusCPUModelRunner(CPUModelRunner):
             super().__init__(vllm_config, device)
         if not config.lossless:
             self.rejection_sampler = SiriusRejectionSampler(
-                self.rejection_sampler, lambda: self.drafter.thresholds(self.input_batch.req_ids), config.threshold_temperature
+                self.rejection_sampler,
+                lambda num_rows: self.drafter.thresholds(self.input_batch.req_ids, num_rows),
+                config.threshold_temperature,
             )
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
@@ -44,10 +48,14 @@ class SiriusCPUModelRunner(CPUModelRunner):
         target = load_target(self.vllm_config)
         self.model = target.model
         self.drafter.attach(target)
+        kernels = target.kernels
+        if kernels.native and not rows_reproduce_ffns(self.drafter.ffns, self.model_config.dtype):
+            self.drafter.ffns.drop_rows()
+            kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
         difference = assert_draft_is_reduced(
             self.drafter.ffns, self._forward_without_attention, self.model_config.dtype
         )
-        self.drafter.announce(target.shape, difference)
+        self.drafter.announce(target.shape, kernels, difference)
 
     @torch.inference_mode()
     def _forward_without_attention(self) -> None:
@@ -70,9 +78,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
         return common_attn_metadata is not None
 
     @torch.inference_mode()
-    def propose_draft_token_ids(
-        self, scheduler_output: Any, sampled_token_ids: Any, *unused: Any
-    ) -> list[list[int]]:
+    def propose_draft_token_ids(self, scheduler_output: Any, sampled_token_ids: Any, *unused: Any) -> list[list[int]]:
         """Drafts for every request that emitted tokens in this step.
 
         Args:

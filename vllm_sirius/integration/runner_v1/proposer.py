@@ -9,12 +9,13 @@ from vllm.logger import init_logger
 
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest
+from vllm_sirius.ffn.kernels.native import KernelChoice
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.model_shape import ModelShape
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.sparsity.coarse import CoarseSelection
-from vllm_sirius.sparsity.statistics import NeuronStatistics, ObservedRows
+from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObservedRows
 
 logger = init_logger("vllm.sirius")
 
@@ -55,28 +56,31 @@ class SiriusProposer:
             device = target.neuron_norms.device
             max_num_seqs = self.vllm_config.scheduler_config.max_num_seqs
             pending = min(max_num_seqs * self.config.kernel_size, MAX_PENDING_ROWS) if self.config.refresh else 0
-            self.statistics = NeuronStatistics(sizes, max_num_seqs, pending, device)
+            decay = REFRESH_DECAY if self.config.refresh else 1.0
+            self.statistics = NeuronStatistics(sizes, max_num_seqs, pending, device, decay)
             selection = CoarseSelection(sizes, self.config.density, self.vllm_config.model_config.dtype, device)
         self._neuron_norms = target.neuron_norms
-        self.ffns = ReducedFFNs(target.ffns, self.config.density, selection, self.statistics)
+        self.ffns = ReducedFFNs(target.ffns, self.config.density, selection, self.statistics, target.rows)
         self.ffns.install()
         if selection is not None:
             selection.select(self._scores([]))
 
-    def announce(self, shape: ModelShape, difference: float) -> None:
+    def announce(self, shape: ModelShape, kernels: KernelChoice, difference: float) -> None:
         """Says at start-up what will run and what it costs, in one line.
 
         Args:
             shape: The target's sizes.
+            kernels: What computes the reduced FFNs.
             difference: What the self-test measured between draft and target.
         """
         config = self.config
         rule = "lossless" if config.lossless else f"threshold {config.threshold:g} (lossy)"
         refreshed = ", refreshed" if config.sparsity == "coarse" and config.refresh else ""
-        extra = self.statistics.num_bytes if self.statistics is not None else 0
+        extra = self.ffns.row_bytes + (self.statistics.num_bytes if self.statistics is not None else 0)
+        kept = shape.draft_density(config)
         logger.info(
-            "Sirius: %d gated FFNs of %d neurons, %s density %g%s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is %.0f%% of "
-            "a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
+            "Sirius: %d gated FFNs of %d neurons, %s density %g%s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is "
+            "%.0f%% of a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
             "self-test: draft differs from target by %.1f%%",
             shape.num_ffns,
             shape.num_neurons,
@@ -88,15 +92,21 @@ class SiriusProposer:
             rule,
             extra / 2**20,
             100 * shape.ffn_share,
-            100 * shape.draft_density(config),
-            self.ffns.predicted_draft_cost(shape.draft_density(config)),
-            self.ffns.kernel_name,
+            100 * kept,
+            kept if kernels.native else 1.0,
+            f"native kernels, {kernels.reason}" if kernels.native else f"masked dense FFN: {kernels.reason}",
             100 * difference,
         )
 
-    def thresholds(self, req_ids: list[str]) -> torch.Tensor:
-        """Likelihood threshold of each row of the batch, ``float32 [B]``."""
-        return torch.tensor([self._requests[req_id].threshold for req_id in req_ids])
+    def thresholds(self, req_ids: list[str], num_rows: int) -> torch.Tensor:
+        """Likelihood threshold of each row of the batch, ``float32 [num_rows]``.
+
+        Args:
+            req_ids: Requests in batch order; fewer than `num_rows` in a profiling run, which has rows without requests.
+            num_rows: Rows of the batch.
+        """
+        known = [self._requests[req_id].threshold for req_id in req_ids[:num_rows]]
+        return torch.tensor(known + [self.config.threshold] * (num_rows - len(known)))
 
     def begin_step(self, scheduler_output: Any, states: dict[str, Any], req_ids: list[str]) -> None:
         """Follows upstream's requests, and tells the statistics whose rows the coming forward pass holds.

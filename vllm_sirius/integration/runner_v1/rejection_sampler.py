@@ -20,12 +20,12 @@ class SiriusRejectionSampler(RejectionSampler):
 
     Args:
         upstream: The sampler the runner was built with.
-        thresholds: Returns the likelihood threshold of each row of the running batch, ``float32 [B]``.
+        thresholds: Takes the number B of rows, returns their likelihood thresholds, ``float32 [B]``.
         temperature: Temperature of the likelihood for greedy requests.
     """
 
     def __init__(
-        self, upstream: RejectionSampler, thresholds: Callable[[], torch.Tensor], temperature: float
+        self, upstream: RejectionSampler, thresholds: Callable[[int], torch.Tensor], temperature: float
     ) -> None:
         torch.nn.Module.__init__(self)
         self.__dict__.update({key: value for key, value in vars(upstream).items() if key not in self.__dict__})
@@ -59,7 +59,7 @@ class SiriusRejectionSampler(RejectionSampler):
             draft_token_ids,
             own,
             target_logits,
-            self._thresholds().repeat_interleave(counts),
+            self._thresholds(len(num_draft_tokens)).repeat_interleave(counts),
             temperature.repeat_interleave(counts),
         )
         return emit_tokens(draft_token_ids, own, accepted, counts, bonus_token_ids.view(-1), max_spec_len)
@@ -73,7 +73,10 @@ def _greedy_rows(sampling_metadata: Any, num_requests: int) -> torch.Tensor:
 
 
 def _own_choice(
-    target_logits: torch.Tensor, num_draft_tokens: list[int], greedy: torch.Tensor, generators: dict[int, torch.Generator]
+    target_logits: torch.Tensor,
+    num_draft_tokens: list[int],
+    greedy: torch.Tensor,
+    generators: dict[int, torch.Generator],
 ) -> torch.Tensor:
     """What the target itself would emit at each drafted position, ``int64 [N]``.
 

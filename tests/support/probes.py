@@ -1,0 +1,129 @@
+"""What tests look at inside an engine. Runs in the child of `engine_host`, on Model Runner V1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def model_runner(llm: Any) -> Any:
+    """The V1 model runner of an in-process engine."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def describe(llm: Any) -> dict[str, Any]:
+    """Classes that the engine is made of, to see what the plugin changed."""
+    runner = model_runner(llm)
+    config = llm.llm_engine.vllm_config
+    return {
+        "worker": config.parallel_config.worker_cls,
+        "runner": type(runner).__qualname__,
+        "rejection_sampler": type(getattr(runner, "rejection_sampler", None)).__qualname__,
+        "lookahead": config.num_lookahead_tokens,
+        "modules": sorted({type(module).__qualname__ for module in runner.model.modules()}),
+        "parameters": sum(1 for _ in runner.model.parameters()),
+        "compilation_mode": int(config.compilation_config.mode),
+    }
+
+
+def draft_report(llm: Any) -> dict[str, Any]:
+    """What the drafter of an engine found and keeps."""
+    drafter = model_runner(llm).drafter
+    return {
+        "ffns": [ffn.name for ffn in drafter.ffns.ffns],
+        "neurons": [ffn.num_neurons for ffn in drafter.ffns.ffns],
+        "native": drafter.ffns.rows is not None,
+        "row_bytes": drafter.ffns.row_bytes,
+        "requests": len(drafter._requests),
+        "free_slots": len(drafter.statistics._free) if drafter.statistics is not None else None,
+        "num_slots": drafter.statistics.energy.shape[0] if drafter.statistics is not None else None,
+        "draft_calls": drafter.ffns.num_draft_calls,
+    }
+
+
+def pages_by_position(runner: Any, row: int, length: int) -> torch.Tensor:
+    """K/V of the first `length` positions of one request in every layer, ``[layers, length, heads, 2 * head_size]``."""
+    layers = []
+    for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        table = runner.input_batch.block_table[group_id]
+        block_size = table.block_size
+        blocks = table.block_table.cpu[row].long()
+        positions = torch.arange(length)
+        for name in group.layer_names:
+            cache = runner.compilation_config.static_forward_context[name].kv_cache  # [blocks, heads, block, 2 * head]
+            layers.append(cache[blocks[positions // block_size], :, positions % block_size])
+    return torch.stack(layers).clone()
+
+
+def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
+    """Generates, and after every step copies the pages of every accepted position.
+
+    Returns:
+        The answers, and per request the K/V each position had when it was last accepted, kept in this process under a key.
+    """
+    from vllm import SamplingParams
+
+    runner = model_runner(llm)
+    pages: dict[str, torch.Tensor] = {}
+    checks = {"steps": 0, "changed": 0.0}
+    upstream = runner.propose_draft_token_ids if hasattr(runner, "drafter") else None
+    sample = runner.sample_tokens
+
+    def sample_and_record(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        checks["steps"] += 1
+        for row, req_id in enumerate(runner.input_batch.req_ids):
+            # The last token of the text has no K/V yet.
+            length = int(runner.input_batch.num_tokens_no_spec[row]) - 1
+            computed = runner.requests[req_id].num_computed_tokens
+            if length <= 0 or computed == 0:
+                continue
+            found = pages_by_position(runner, row, length)
+            known = pages.get(req_id)
+            if known is not None:
+                common = min(known.shape[1], length)
+                checks["changed"] = max(checks["changed"], float((known[:, :common] - found[:, :common]).abs().max()))
+            pages[req_id] = found
+        return output
+
+    runner.sample_tokens = sample_and_record
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            SamplingParams(**{"temperature": 0.0, **sampling}),
+            use_tqdm=False,
+        )
+    finally:
+        runner.sample_tokens = sample
+    assert upstream is None or runner.propose_draft_token_ids == upstream
+    RECORDED.append([pages[key] for key in sorted(pages, key=_request_order)])
+    return {"token_ids": [list(o.outputs[0].token_ids) for o in outputs], "lengths": [p.shape[1] for p in RECORDED[-1]], **checks}
+
+
+RECORDED: list[list[torch.Tensor]] = []
+
+
+def _request_order(req_id: str) -> tuple[int, str]:
+    return int(req_id.split("-")[0]), req_id
+
+
+def compare_recorded(llm: Any, first: int, second: int) -> dict[str, Any]:
+    """Largest difference between two recordings, over the positions both have, and the size of the values."""
+    worst, size, positions = 0.0, 0.0, 0
+    for one, other in zip(RECORDED[first], RECORDED[second], strict=True):
+        common = min(one.shape[1], other.shape[1])
+        positions += common
+        worst = max(worst, float((one[:, :common] - other[:, :common]).abs().max()))
+        size = max(size, float(one.abs().max()))
+    return {"worst": worst, "size": size, "positions": positions}
+
+
+def num_preemptions(llm: Any) -> int:
+    """Preemptions since the engine started."""
+    return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def prefix_cache_hits(llm: Any) -> int:
+    """Prompt tokens that came from the prefix cache."""
+    return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")

@@ -1,0 +1,153 @@
+"""Compiles the C++ kernels for this machine and loads them.
+
+The library is plain C behind ctypes, so building needs a C++ compiler and takes seconds. It is kept in a cache folder of
+the user, named after everything that determines it: sources, flags, compiler and the instructions of the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno")
+SOURCE = "gated_ffn.cpp"
+LIBRARY = "gated_ffn.so"
+BUILD_SECONDS = 300
+
+
+class KernelBuildError(RuntimeError):
+    """The CPU kernels cannot be compiled or loaded; the message has the compiler's words."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Loads the kernels, compiling them if the cache has none that fit.
+
+    Returns:
+        The library, bound to the OpenMP runtime that PyTorch uses.
+
+    Raises:
+        KernelBuildError: If there is no working compiler or the library does not load.
+    """
+    path = build_library()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelBuildError(f"the CPU kernels in {path} do not load: {error}") from error
+    _declare(library)
+    library.sirius_use_openmp(*_openmp_entry_points())
+    return library
+
+
+def build_library() -> Path:
+    """Returns the path of the compiled library, compiling it unless the cache has it.
+
+    Several processes may do so at once: each compiles into a file of its own and renames it into place.
+
+    Raises:
+        KernelBuildError: If compiling fails.
+    """
+    compiler = _compiler()
+    folder = cache_folder() / _fingerprint(compiler)
+    library = folder / LIBRARY
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=LIBRARY, suffix=".tmp", dir=folder)
+        os.close(handle)
+    except OSError as error:
+        raise KernelBuildError(f"the cache folder for compiled CPU kernels is not writable: {error}") from error
+    try:
+        _run([*compiler, *FLAGS, str(Path(__file__).with_name(SOURCE)), "-o", temporary])
+        Path(temporary).replace(library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``$VLLM_SIRIUS_CACHE`` or a folder in the user's home."""
+    configured = os.environ.get("VLLM_SIRIUS_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "vllm_sirius"
+
+
+def _compiler() -> list[str]:
+    configured = os.environ.get("CXX")
+    if configured:
+        return shlex.split(configured)
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise KernelBuildError("no C++ compiler found (tried g++, clang++, c++): install one or set CXX")
+
+
+def _fingerprint(compiler: list[str]) -> str:
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for source in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
+        digest.update(source.name.encode() + source.read_bytes())
+    for part in (*compiler, *FLAGS, _run([*compiler, "--version"]), _processor()):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _processor() -> str:
+    """Describes the processor as far as ``-march=native`` can depend on it."""
+    description = platform.machine() + platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return description
+    keys = ("flags", "Features", "model", "model name", "cpu family", "CPU part")
+    return description + "".join(sorted({line for line in lines if line.split(":")[0].strip() in keys}))
+
+
+def _run(command: list[str]) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelBuildError(f"{shlex.join(command)} did not run: {error}") from error
+    if result.returncode != 0:
+        raise KernelBuildError(
+            f"{shlex.join(command)} failed with exit code {result.returncode}:\n{result.stderr.strip()[-4000:]}"
+        )
+    return result.stdout
+
+
+def _openmp_entry_points() -> list[ctypes.c_void_p]:
+    """Looks the OpenMP runtime up as the dynamic linker did for PyTorch: global scope first, then its own libraries.
+
+    Global scope holds a preloaded libiomp5, which replaces the libgomp that PyTorch brings; both have these functions.
+    """
+    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    for path in (None, torch_library):
+        try:
+            runtime = ctypes.CDLL(None if path is None else str(path))
+            return [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names]
+        except (OSError, AttributeError):
+            continue
+    raise KernelBuildError("PyTorch uses no OpenMP runtime that the CPU kernels know (libgomp, libiomp5 or libomp)")
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.sirius_use_openmp.argtypes = [pointer] * 4
+    library.sirius_use_openmp.restype = None
+    library.sirius_instruction_set.argtypes = []
+    library.sirius_instruction_set.restype = ctypes.c_char_p
+    library.sirius_coarse_ffn.argtypes = [pointer] * 4 + [size] * 4 + [number] * 3
+    library.sirius_coarse_ffn.restype = number
+    library.sirius_fine_ffn.argtypes = [pointer] * 3 + [size] * 4 + [number] * 3
+    library.sirius_fine_ffn.restype = None

@@ -1,0 +1,39 @@
+"""Memory for neuron-major weights, on huge pages where the system has them.
+
+Kept neurons are scattered over the weights, so with 4 KiB pages the kernels miss the address cache once or twice per row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+
+_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+
+
+def empty_rows(num_neurons: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Allocates uninitialised weights for the kernels.
+
+    Args:
+        num_neurons: Neurons of the FFN.
+        hidden_size: Width of the model.
+        dtype: Dtype of the weights.
+
+    Returns:
+        ``[num_neurons, 3, hidden_size]`` on CPU, contiguous.
+    """
+    rows = torch.empty(num_neurons, 3, hidden_size, dtype=dtype, device="cpu")
+    _prefer_huge_pages(rows)
+    return rows
+
+
+def _prefer_huge_pages(tensor: torch.Tensor) -> None:
+    """Asks for huge pages, which must happen before the memory is first written. A system without them says no."""
+    if _ADVICE is None:
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _ADVICE)

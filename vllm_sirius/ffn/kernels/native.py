@@ -1,0 +1,48 @@
+"""Whether the compiled CPU kernels can be used, and if not, why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sirius.ffn.kernels.cpu.build import KernelBuildError, load_library
+from vllm_sirius.ffn.kernels.cpu.kernels import SUPPORTED_DTYPES, instruction_set
+
+SWITCH = "VLLM_SIRIUS_NATIVE_KERNELS"
+"""Environment variable: ``0`` keeps to PyTorch, which saves the memory of the neuron rows and makes no draft cheaper."""
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What computes the reduced FFNs.
+
+    Attributes:
+        native: Whether the compiled kernels do.
+        reason: For the start-up line: their instruction set, or why they are not used.
+    """
+
+    native: bool
+    reason: str
+
+
+def choose_kernels(dtype: torch.dtype, device: torch.device) -> KernelChoice:
+    """Builds the kernels if they are wanted and can be built.
+
+    Args:
+        dtype: The model's dtype.
+        device: Where the model runs.
+
+    Returns:
+        The choice.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return KernelChoice(False, f"{SWITCH}=0")
+    if device.type != "cpu" or dtype not in SUPPORTED_DTYPES:
+        return KernelChoice(False, f"no kernels for {dtype} on {device.type}")
+    try:
+        load_library()
+    except KernelBuildError as error:
+        return KernelChoice(False, str(error).splitlines()[0])
+    return KernelChoice(True, instruction_set())
