@@ -52,9 +52,18 @@ class NeuronStatistics:
         max_pending_rows: Most rows of correction passes that wait for their verdict in one step. Requests beyond that
             skip one refresh.
         device: Where the tables live.
+        decay: Factor per token by which older activations fade; 1 weighs all tokens alike, as GRIFFIN does.
     """
 
-    def __init__(self, layer_sizes: Sequence[int], num_slots: int, max_pending_rows: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layer_sizes: Sequence[int],
+        num_slots: int,
+        max_pending_rows: int,
+        device: torch.device,
+        decay: float = REFRESH_DECAY,
+    ) -> None:
+        self.decay = decay
         self.layer_sizes = tuple(layer_sizes)
         self.offsets = [sum(self.layer_sizes[:i]) for i in range(len(self.layer_sizes))]
         total = sum(self.layer_sizes)
