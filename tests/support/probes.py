@@ -127,3 +127,9 @@ def num_preemptions(llm: Any) -> int:
 def prefix_cache_hits(llm: Any) -> int:
     """Prompt tokens that came from the prefix cache."""
     return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+
+
+def block_sizes(llm: Any) -> list[int]:
+    """Tokens per block of each KV cache group."""
+    runner = model_runner(llm)
+    return [runner.input_batch.block_table[i].block_size for i in range(len(runner.kv_cache_config.kv_cache_groups))]

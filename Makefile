@@ -1,0 +1,64 @@
+# The project's commands; `make help` lists them. Everything stands on `make setup`, which is done once and
+# then costs a fraction of a second.
+#
+# Variables:
+#   VENV=.venv          folder of the virtual environment
+#   PYTHON3=python3     the Python it is made from, 3.11 or newer
+#   TORCH_INDEX=URL     package index with PyTorch's CPU wheels, where pip is not configured for one
+#   SIRIUS_BUILD=cpu    vLLM build: cpu, cuda or auto
+#   NAME, MODEL, ARGS   see the targets
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON3 ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+MODEL ?=
+NAME ?=
+ARGS ?=
+
+PYTHON := $(VENV)/bin/python
+# Sets what vLLM's CPU build needs to be fast, and keeps what the user has set.
+IN_ENVIRONMENT := VENV="$(VENV)" examples/setup/run_in_environment.sh
+DOWNLOAD := $(PYTHON) examples/setup/models.py download
+
+DEMO_MODEL := qwen2.5-coder-0.5b-instruct
+TEST_MODELS := smollm2-135m-instruct qwen2.5-coder-0.5b-instruct gemma-3-270m
+LARGE_MODEL := qwen2.5-coder-1.5b-instruct
+
+.PHONY: help setup model demo test test-all lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make the environment: vLLM for this machine, the plugin, the development tools
+	@$(PYTHON3) examples/setup/environment.py --venv "$(VENV)" $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
+
+model: setup ## Download a model: NAME=qwen2.5-coder-0.5b-instruct; without NAME list them
+	@$(if $(NAME),$(DOWNLOAD) $(NAME),$(PYTHON) examples/setup/models.py list)
+
+demo: setup ## Compare vLLM with and without Sirius on real prompts; MODEL=PATH_OR_HUB_NAME for another model
+	@$(if $(MODEL),true,$(DOWNLOAD) $(DEMO_MODEL))
+	@$(IN_ENVIRONMENT) python examples/demo/run.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: setup ## Run the tests that take minutes together; ARGS='-k NAME' for some of them
+	@$(DOWNLOAD) $(TEST_MODELS)
+	@$(IN_ENVIRONMENT) python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup ## Run every test, those on the 1.5B model included
+	@$(DOWNLOAD) $(TEST_MODELS) $(LARGE_MODEL)
+	@$(IN_ENVIRONMENT) python -m pytest $(ARGS)
+
+lint: setup ## Check style, format and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: setup ## Format the code and repair what can be repaired
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+clean: ## Remove caches and build output; the environment, models and results stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find vllm_sirius tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,54 @@
+"""Any gated FFN of vLLM: found by structure, drafted with, token-identical when lossless; everything else refused."""
+
+import random
+
+import pytest
+from support.engine_host import EngineError
+from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
+
+PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17, 40))]
+SAMPLING = {"max_tokens": 20, "ignore_eos": True}
+COARSE = {"method": "sirius", "acceptance": "lossless", "kernel_size": 5}
+FINE = {**COARSE, "sparsity": "fine", "density": 0.3}
+
+REFUSAL_WORDS = {
+    "mamba layers": "cannot be rolled back",
+    "short-convolution layers": "cannot be rolled back",
+    "pooling model": "text generation only",
+    "mixture of experts without a dense FFN": "no dense gated FFN",
+    "non-gated FFN": "no dense gated FFN",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_root(tmp_path_factory):
+    return tmp_path_factory.getbasetemp().parent / "tiny-models"
+
+
+def engine(name, root, **options):
+    return {"model": str(build(name, root)), "max_model_len": 128, "max_num_seqs": 4, **options}
+
+
+@pytest.mark.parametrize("name", [*GATED, *MIXED], ids=lambda name: f"v1-{name}")
+def test_gated_model_is_drafted_and_token_identical(host, tiny_root, name):
+    tiny = TINY_MODELS[name]
+    plain = engine(name, tiny_root)
+    reference = host.generate(plain, PROMPTS, SAMPLING).token_ids
+    for options in (COARSE, FINE):
+        sparse = {**plain, "speculative_config": options}
+        found = host.generate(sparse, PROMPTS, SAMPLING)
+        assert found.token_ids == reference
+        assert 0 < found.num_accepted_tokens < found.num_draft_tokens
+        report = host.probe(sparse, "support.probes:draft_report")
+        assert len(report["ffns"]) == tiny.layers
+        assert report["draft_calls"] > 0
+
+
+@pytest.mark.parametrize("name", REFUSED, ids=lambda name: f"v1-{name}")
+def test_other_model_is_refused_with_reason_and_remedy(host, tiny_root, name):
+    reason = next((words for key, words in REFUSAL_WORDS.items() if key in TINY_MODELS[name].refusal), None)
+    assert reason is not None, f"unknown refusal {TINY_MODELS[name].refusal!r}"
+    with pytest.raises(EngineError) as refusal:
+        host.generate(engine(name, tiny_root, speculative_config=COARSE), PROMPTS, SAMPLING)
+    assert "SiriusUnsupportedError" in str(refusal.value)
+    assert reason in str(refusal.value)
