@@ -64,9 +64,7 @@ def check_python(version: tuple[int, ...]) -> None:
     if version[:2] < plan.MINIMUM_PYTHON:
         needed = ".".join(str(number) for number in plan.MINIMUM_PYTHON)
         found = ".".join(str(number) for number in version[:3])
-        raise SetupError(
-            f"Python {needed} or newer is needed and this is {found}; use make PYTHON3=python{needed}"
-        )
+        raise SetupError(f"Python {needed} or newer is needed and this is {found}; use make PYTHON3=python{needed}")
 
 
 def missing_compilers() -> list[str]:
@@ -155,9 +153,7 @@ def run_step(step: plan.Step, number: int, total: int) -> None:
     print(f"[{number}/{total}] done in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def installation_steps(
-    environment: Path, build: str, torch_index: str = ""
-) -> tuple[plan.Step, ...]:
+def installation_steps(environment: Path, build: str, torch_index: str = "") -> tuple[plan.Step, ...]:
     """List what this machine has to install into an environment.
 
     Args:
@@ -169,9 +165,7 @@ def installation_steps(
         The steps in order.
     """
     python = str(python_of(environment))
-    return plan.installation_steps(
-        build, python, str(plan.PROJECT_ROOT), platform.machine(), torch_index
-    )
+    return plan.installation_steps(build, python, str(plan.PROJECT_ROOT), platform.machine(), torch_index)
 
 
 def creation_steps(environment: Path, build: str) -> tuple[plan.Step, ...]:

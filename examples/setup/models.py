@@ -142,9 +142,7 @@ def download_model(
             make(model, place, download, converter)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ModelError(
-                f"{model.name}: the disk below {root} is full; nothing was kept"
-            ) from error
+            raise ModelError(f"{model.name}: the disk below {root} is full; nothing was kept") from error
         raise ModelError(f"{model.name}: {error}; nothing was kept") from error
     return True
 
@@ -190,9 +188,7 @@ def require_conversion_packages() -> None:
     """
     missing = [name for name in CONVERSION_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModelError(
-            f"this Python lacks {', '.join(missing)}; use the project's environment: make model NAME=..."
-        )
+        raise ModelError(f"this Python lacks {', '.join(missing)}; use the project's environment: make model NAME=...")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

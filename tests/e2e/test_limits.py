@@ -54,7 +54,9 @@ def test_texts_that_end_around_the_longest_one_v1(host, offset):
     longest = len(prompt) + 1 + 2 * KERNEL + offset
     sampling = {"max_tokens": 200, "ignore_eos": True}
     reference = host.generate(engine(max_model_len=longest), [prompt, prompt[:30]], sampling)
-    found = host.generate(engine(options={"acceptance": "lossless"}, max_model_len=longest), [prompt, prompt[:30]], sampling)
+    found = host.generate(
+        engine(options={"acceptance": "lossless"}, max_model_len=longest), [prompt, prompt[:30]], sampling
+    )
     assert found.token_ids == reference.token_ids
     assert [len(tokens) for tokens in found.token_ids] == [longest - len(prompt), longest - 30]
     assert all(completion.finish_reason == "length" for completion in found.completions)

@@ -8,7 +8,9 @@ MAX_TOKENS = 48
 
 
 def check_matches_oracle(host, name, kernel_size, num_prompts):
-    prompts = chat_prompts(name, "gsm8k", num_prompts // 2) + chat_prompts(name, "humaneval", num_prompts - num_prompts // 2)
+    prompts = chat_prompts(name, "gsm8k", num_prompts // 2) + chat_prompts(
+        name, "humaneval", num_prompts - num_prompts // 2
+    )
     oracle = load_oracle(model_path(name), density=0.5)
     engine = {
         "model": model_path(name),
@@ -17,7 +19,9 @@ def check_matches_oracle(host, name, kernel_size, num_prompts):
         "speculative_config": {"method": "sirius", "refresh": False, "adaptive": False, "kernel_size": kernel_size},
     }
     for prompt in prompts:
-        expected = oracle.generate(prompt, kernel_size=kernel_size, max_tokens=MAX_TOKENS, threshold=0.1, ignore_eos=True)
+        expected = oracle.generate(
+            prompt, kernel_size=kernel_size, max_tokens=MAX_TOKENS, threshold=0.1, ignore_eos=True
+        )
         found = host.generate(engine, [prompt], {"max_tokens": MAX_TOKENS, "ignore_eos": True})
         assert found.token_ids[0] == list(expected.token_ids)
         drafted = [n for n in expected.num_drafted if n]

@@ -76,7 +76,8 @@ def test_logprobs_v1(host, prompts):
     sampling = {"max_tokens": 24, "logprobs": 2}
     reference, found = compare_greedy(host, prompts, sampling)
     for one, other in zip(reference.completions, found.completions, strict=True):
-        assert one.logprobs is not None and other.logprobs is not None
+        assert one.logprobs is not None
+        assert other.logprobs is not None
         assert other.logprobs == pytest.approx(one.logprobs, abs=2e-3)
 
 
@@ -85,7 +86,8 @@ def test_logprobs_of_threshold_tokens_are_the_targets_v1(host, prompts):
     text, logprobs = loose.token_ids[0], loose.completions[0].logprobs
     scored = host.generate(engine(), [prompts[0] + text[:i] for i in range(8)], {"max_tokens": 1, "logprobs": 20})
     assert len(scored.token_ids) == 8
-    assert logprobs is not None and all(value <= 0 for value in logprobs)
+    assert logprobs is not None
+    assert all(value <= 0 for value in logprobs)
     for i in range(8):
         if scored.token_ids[i][0] == text[i]:
             assert logprobs[i] == pytest.approx(scored.completions[i].logprobs[0], abs=2e-3)
@@ -101,11 +103,15 @@ def test_a_seed_repeats_itself_alone_and_in_a_batch_v1(host, prompts):
         assert once != other
 
 
-@pytest.mark.parametrize("options", [LOSSLESS, {**THRESHOLD, "threshold": 2.0}], ids=["lossless", "threshold-above-one"])
+@pytest.mark.parametrize(
+    "options", [LOSSLESS, {**THRESHOLD, "threshold": 2.0}], ids=["lossless", "threshold-above-one"]
+)
 def test_sampled_tokens_follow_the_targets_distribution_v1(host, prompts, options):
     """The second token of many seeded samples, against vLLM alone: total variation within what chance explains."""
     count = 400
-    sampling = [{"max_tokens": 3, "temperature": 0.8, "top_k": 5, "seed": seed, "ignore_eos": True} for seed in range(count)]
+    sampling = [
+        {"max_tokens": 3, "temperature": 0.8, "top_k": 5, "seed": seed, "ignore_eos": True} for seed in range(count)
+    ]
     prompt = prompts[0]
 
     def histogram(given):
@@ -129,7 +135,10 @@ def test_threshold_respects_top_k_of_sampling_requests_v1(host, prompts):
 def test_grammar_v1(host):
     schema = {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
         "required": ["name", "age"],
         "additionalProperties": False,
     }

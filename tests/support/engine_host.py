@@ -118,8 +118,18 @@ class EngineHost:
         """
         return self._ask({"do": "probe", "engine": engine, "function": function, "arguments": arguments})["value"]
 
+    def probe_config(self, engine: dict[str, Any]) -> str | None:
+        """Builds the engine's config only; returns the message of the error it raised, or ``None``."""
+        answer: str | None = self._ask({"do": "probe_config", "engine": engine})["value"]
+        return answer
+
+    def probe_static(self, function: str, **arguments: Any) -> Any:
+        """Calls ``function(**arguments)`` in the child, without an engine."""
+        return self._ask({"do": "probe_static", "function": function, "arguments": arguments})["value"]
+
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        assert self._child.stdin is not None and self._child.stdout is not None
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
         self._child.stdin.write(json.dumps(command) + "\n")
         self._child.stdin.flush()
         for line in self._child.stdout:
@@ -201,6 +211,19 @@ class _Child:
         module, _, name = command["function"].partition(":")
         function = getattr(importlib.import_module(module), name)
         return {"value": function(self.engine(command["engine"]), **command["arguments"])}
+
+    def probe_static(self, command: dict[str, Any]) -> dict[str, Any]:
+        module, _, name = command["function"].partition(":")
+        return {"value": getattr(importlib.import_module(module), name)(**command["arguments"])}
+
+    def probe_config(self, command: dict[str, Any]) -> dict[str, Any]:
+        from vllm.engine.arg_utils import EngineArgs
+
+        try:
+            EngineArgs(**command["engine"]).create_engine_config()
+        except ValueError as error:
+            return {"value": str(error)}
+        return {"value": None}
 
 
 def _structured(sampling: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,11 @@ def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
         runner.sample_tokens = sample
     assert upstream is None or runner.propose_draft_token_ids == upstream
     RECORDED.append([pages[key] for key in sorted(pages, key=_request_order)])
-    return {"token_ids": [list(o.outputs[0].token_ids) for o in outputs], "lengths": [p.shape[1] for p in RECORDED[-1]], **checks}
+    return {
+        "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
+        "lengths": [p.shape[1] for p in RECORDED[-1]],
+        **checks,
+    }
 
 
 RECORDED: list[list[torch.Tensor]] = []
@@ -133,3 +137,81 @@ def block_sizes(llm: Any) -> list[int]:
     """Tokens per block of each KV cache group."""
     runner = model_runner(llm)
     return [runner.input_batch.block_table[i].block_size for i in range(len(runner.kv_cache_config.kv_cache_groups))]
+
+
+def loaded_hooks(llm: Any) -> list[str]:
+    """Targets of Sirius's hooks that are in force in this process."""
+    from vllm_sirius.integration.hook_engine import is_installed
+    from vllm_sirius.integration.installed_hooks import HOOKS, worker_hooks
+
+    return [hook.target for hook in (*HOOKS, *worker_hooks()) if is_installed(hook)]
+
+
+MODEL_ATTRIBUTES = (
+    "runner_type",
+    "is_encoder_decoder",
+    "is_hybrid",
+    "is_attention_free",
+    "has_inner_state",
+    "uses_mrope",
+    "quantization",
+)
+
+
+def fire_every_rule(model: str) -> dict[str, Any]:
+    """Breaks one thing at a time in a good engine config and collects what `check_engine` says."""
+    import copy
+    from types import SimpleNamespace
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sirius.errors import SiriusUnsupportedError
+    from vllm_sirius.integration import engine_support
+
+    config = EngineArgs(model=model, speculative_config={"method": "sirius"}).create_engine_config()
+
+    def view(**changes: Any) -> Any:
+        """The config with some attributes (``section.name`` or ``name``) replaced."""
+        sections = {}
+        plain = {"use_v2_model_runner": config.use_v2_model_runner, "lora_config": None, "kv_transfer_config": None}
+        for section in ("model_config", "parallel_config", "cache_config"):
+            sections[section] = copy.copy(getattr(config, section))
+        for name, value in changes.items():
+            section, _, attribute = name.partition("__")
+            if attribute:
+                names = MODEL_ATTRIBUTES if section == "model_config" else ()
+                known = {n: getattr(sections[section], n) for n in names} if names else vars(sections[section])
+                sections[section] = SimpleNamespace(**{**known, attribute: value})
+            else:
+                plain[name] = value
+        return SimpleNamespace(**plain, **sections)
+
+    def verdict(**changes: Any) -> str | None:
+        try:
+            engine_support.check_engine(view(**changes))
+        except SiriusUnsupportedError as error:
+            return str(error)
+        return None
+
+    fired = {
+        "v2": verdict(use_v2_model_runner=True),
+        "runner": verdict(model_config__runner_type="pooling"),
+        "encoder": verdict(model_config__is_encoder_decoder=True),
+        "recurrent": verdict(model_config__has_inner_state=True),
+        "mrope": verdict(model_config__uses_mrope=True),
+        "quantization": verdict(model_config__quantization="fp8"),
+        "pipeline": verdict(parallel_config__pipeline_parallel_size=2),
+        "context": verdict(parallel_config__decode_context_parallel_size=2),
+        "dbo": verdict(parallel_config__enable_dbo=True),
+        "lora": verdict(lora_config=object()),
+        "connector": verdict(kv_transfer_config=SimpleNamespace(kv_connector="X")),
+        "fast prefill": verdict(cache_config__kv_sharing_fast_prefill=True),
+        "worker": verdict(parallel_config__worker_cls="other.Worker"),
+    }
+    platform = engine_support.current_platform
+    engine_support.current_platform = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
+    try:
+        fired["platform"] = verdict()
+    finally:
+        engine_support.current_platform = platform
+    return {"good": verdict(), "fired": fired, "num_rules": len(engine_support.RULES)}

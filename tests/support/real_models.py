@@ -73,7 +73,11 @@ def chat_prompts(name: str, task: str, count: int) -> list[list[int]]:
 def mixed_prompts(name: str, count: int) -> list[list[int]]:
     """Prompts of mixed task and length, from a few tokens to several hundred."""
     tokenizer = _tokenizer(model_path(name))
-    texts = [question for pair in zip(questions("gsm8k", count), questions("humaneval", count), strict=True) for question in pair]
+    texts = [
+        question
+        for pair in zip(questions("gsm8k", count), questions("humaneval", count), strict=True)
+        for question in pair
+    ]
     prompts = []
     for i, text in enumerate(texts[:count]):
         ids = tokenizer(text)["input_ids"]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 import zlib
@@ -221,9 +220,7 @@ _GATED = [
         mlp="GraniteMLP",
     ),
     TinyModel("glm4", "Glm4Config", mlp="LlamaMLP"),
-    TinyModel(
-        "cohere", "CohereConfig", {"logit_scale": 1.5, "tie_word_embeddings": True}, mlp="CohereMLP"
-    ),
+    TinyModel("cohere", "CohereConfig", {"logit_scale": 1.5, "tie_word_embeddings": True}, mlp="CohereMLP"),
     TinyModel(
         "cohere2",
         "Cohere2Config",
@@ -477,7 +474,7 @@ def build(name: str, root: Path) -> Path:
         _write_model(tiny, work)
         _write_tokenizer(work)
         work.chmod(0o755)
-        os.rename(work, target)
+        work.rename(target)
     except OSError:
         if not target.is_dir():  # another worker was faster if it exists
             raise

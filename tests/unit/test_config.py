@@ -124,5 +124,5 @@ def test_bad_request_option_is_refused(extra_args, words):
 
 
 def test_request_cannot_make_a_lossless_engine_lossy():
-    with pytest.raises(SiriusConfigError, match="sirius_threshold=0.1.*acceptance='lossless'"):
+    with pytest.raises(SiriusConfigError, match=r"sirius_threshold=0\.1.*acceptance='lossless'"):
         parse_request_options({"sirius_threshold": 0.1}, SiriusConfig(acceptance="lossless"))

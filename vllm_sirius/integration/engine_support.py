@@ -30,20 +30,22 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.model_config.runner_type != "generate" and c.model_config.runner_type,
-        "runner={value}: Sirius speeds up text generation only; drop the speculative config for this model.",
+        "runner={value}: Sirius speeds up text generation only; drop the speculative config.",
     ),
     (
         lambda c: c.model_config.is_encoder_decoder,
-        "is_encoder_decoder={value}: cross-attention models are not supported; drop the speculative config for this model.",
+        "is_encoder_decoder={value}: cross-attention models are not supported; drop the speculative config.",
     ),
     (
         lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free or c.model_config.has_inner_state,
-        "has_inner_state={value}: a recurrent (Mamba-like) state cannot be rolled back after a rejected draft; drop the "
-        "speculative config for this model.",
+        (
+            "has_inner_state={value}: a recurrent (Mamba-like) state cannot be rolled back after a rejected draft; drop the "
+            "speculative config for this model."
+        ),
     ),
     (
         lambda c: c.model_config.uses_mrope or getattr(c.model_config, "uses_xdrope_dim", 0),
-        "uses_mrope={value}: multi-dimensional rotary positions are not drafted yet; drop the speculative config for this model.",
+        "uses_mrope={value}: multi-dimensional rotary positions are not drafted yet; drop the speculative config.",
     ),
     (
         lambda c: c.model_config.quantization,
@@ -67,7 +69,7 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.kv_transfer_config is not None and c.kv_transfer_config.kv_connector,
-        "kv_connector={value!r}: draft passes must not be sent to other engines, which is not handled yet; drop --kv-transfer-config.",
+        "kv_connector={value!r}: draft passes must not be sent to other engines, not handled yet; drop --kv-transfer-config.",
     ),
     (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
@@ -75,8 +77,10 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.parallel_config.worker_cls not in (CPU_WORKER, SIRIUS_CPU_WORKER) and c.parallel_config.worker_cls,
-        "worker_cls={value!r}: Sirius brings its own worker and cannot share an engine with another one; drop --worker-cls or "
-        "the plugin that sets it.",
+        (
+            "worker_cls={value!r}: Sirius brings its own worker and cannot share an engine with another one; drop --worker-cls or "
+            "the plugin that sets it."
+        ),
     ),
 )
 

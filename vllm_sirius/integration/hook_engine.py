@@ -50,7 +50,7 @@ def source_fingerprint(symbol: Any) -> str:
     Returns:
         The digest.
     """
-    function = symbol.fget if isinstance(symbol, property) else symbol
+    function: Any = symbol.fget if isinstance(symbol, property) else symbol
     return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
 
 

@@ -41,8 +41,9 @@ def assert_lookahead_reserved(vllm_config: Any) -> None:
     assert config is not None
     if vllm_config.num_lookahead_tokens < config.num_speculative_tokens:
         raise SiriusIntegrationError(
-            f"vLLM reserves {vllm_config.num_lookahead_tokens} lookahead slots, Sirius writes {config.num_speculative_tokens}: the "
-            "hook on VllmConfig.num_lookahead_tokens is not in force in this process; check that VLLM_PLUGINS does not leave out 'sirius'."
+            f"vLLM reserves {vllm_config.num_lookahead_tokens} lookahead slots, Sirius writes "
+            f"{config.num_speculative_tokens}: the hook on VllmConfig.num_lookahead_tokens is not in force in this process; "
+            "check that VLLM_PLUGINS does not leave out 'sirius'."
         )
 
 

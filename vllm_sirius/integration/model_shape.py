@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -55,7 +56,7 @@ def measure_shape(model: nn.Module, ffns: Sequence[GatedFFN]) -> ModelShape:
     for module in model.modules():
         # The same module serves as embedding and head where the two are tied, and the head is read as a whole.
         if type(module) is VocabParallelEmbedding and heads and not any(h.weight is module.weight for h in heads):
-            step_bytes -= module.weight.numel() * module.weight.element_size()
-    element_size = ffns[0].gate_up.weight.element_size()  # type: ignore[union-attr,operator]
-    ffn_bytes = sum(ffn.num_parameters for ffn in ffns) * int(element_size)
+            step_bytes -= sum(p.numel() * p.element_size() for p in module.parameters())
+    weight: Any = ffns[0].gate_up.weight
+    ffn_bytes = sum(ffn.num_parameters for ffn in ffns) * int(weight.element_size())
     return ModelShape(len(ffns), ffns[0].num_neurons, step_bytes, ffn_bytes)

@@ -12,7 +12,7 @@ from vllm.config.utils import config
 
 from vllm_sirius.config import SiriusConfig
 
-METHOD = "sirius"
+METHOD: Literal["sirius"] = "sirius"
 
 
 @config
@@ -23,7 +23,7 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         sirius: The knobs.
     """
 
-    method: Literal["sirius"] | None = "sirius"  # type: ignore[assignment]
+    method: Literal["sirius"] | None = "sirius"
     sirius: SkipValidation[SiriusConfig] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

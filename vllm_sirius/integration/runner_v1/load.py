@@ -27,7 +27,8 @@ class _ReadLinearMethod(UnquantizedLinearMethod):
     reader: Callable[[torch.Tensor], None]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.reader(layer.weight.data)
+        weight: Any = layer.weight
+        self.reader(weight.data)
         super().process_weights_after_loading(layer)
 
 
@@ -44,7 +45,7 @@ class _FFNReader:
         self._watch("down", ffn.down)
 
     def _watch(self, part: str, layer: nn.Module) -> None:
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if type(method) is not UnquantizedLinearMethod:
             raise SiriusUnsupportedError(
                 f"the FFN {self._ffn.name!r} stores its weights by {type(method).__name__}, whose rows cannot be read yet: "
@@ -108,7 +109,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         built.append((ffns, measure_shape(model, ffns), [_FFNReader(ffn, kernels.native) for ffn in ffns], kernels))
         return model
 
-    loader.create_model = create_and_check  # type: ignore[method-assign]
+    loader.create_model = create_and_check
     model = loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
     ffns, shape, readers, kernels = built[0]
     norms = [reader.norms for reader in readers if reader.norms is not None]

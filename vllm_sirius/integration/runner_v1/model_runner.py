@@ -26,12 +26,13 @@ class SiriusCPUModelRunner(CPUModelRunner):
     """
 
     drafter: SiriusProposer
+    rejection_sampler: Any
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         config = sirius_config(vllm_config.speculative_config)
         assert config is not None
         self.sirius = config
-        with _as_custom_class(vllm_config.speculative_config):
+        with _AsCustomClass(vllm_config.speculative_config):
             super().__init__(vllm_config, device)
         if not config.lossless:
             self.rejection_sampler = SiriusRejectionSampler(
@@ -105,7 +106,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
         return drafts
 
 
-class _as_custom_class:
+class _AsCustomClass:
     """Upstream's constructor knows a closed list of methods; for its time ours is ``custom_class``."""
 
     def __init__(self, speculative_config: Any) -> None:

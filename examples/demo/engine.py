@@ -1,0 +1,174 @@
+"""One vLLM engine in a process of its own: `Engine` drives it, and this file run as a program is it.
+
+Engines stay alive side by side, so that the arms of the comparison take turns under the same conditions. Commands and
+answers are JSON lines on the child's standard input and output; everything vLLM prints goes to a log file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+START_SECONDS = 900
+GENERATE_SECONDS = 600
+CLOSE_SECONDS = 30
+ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception)\b.*")
+
+
+class EngineFailure(Exception):
+    """An engine did not start or stopped answering; the text has the reason and the path of its log."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of an engine.
+
+    Attributes:
+        token_ids: The generated tokens.
+        seconds: Wall time of `LLM.generate`, processing of the prompt included.
+        num_drafts: Correction passes that had draft tokens to judge.
+        num_draft_tokens: Draft tokens judged.
+        num_accepted_tokens: Draft tokens accepted.
+    """
+
+    token_ids: list[int]
+    seconds: float
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+
+class Engine:
+    """A child process with one vLLM engine.
+
+    Args:
+        options: Arguments of `vllm.LLM`.
+        log: File that takes what the child prints.
+    """
+
+    def __init__(self, options: dict[str, Any], log: Path) -> None:
+        self._log = log
+        variables = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with log.open("wb") as stderr:
+            self._child = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=variables,
+            )
+        try:
+            self._ask({"engine": options}, START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(self, token_ids: list[int], max_tokens: int) -> Answer:
+        """Answers one prompt greedily.
+
+        Args:
+            token_ids: The prompt.
+            max_tokens: Most tokens to generate.
+
+        Returns:
+            The answer.
+
+        Raises:
+            EngineFailure: If the engine stopped.
+        """
+        return Answer(**self._ask({"prompt": token_ids, "max_tokens": max_tokens}, GENERATE_SECONDS))
+
+    def start_up_line(self) -> str:
+        """What Sirius said when the engine started; empty without Sirius."""
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if "Sirius: " in line]
+        return lines[-1].partition("Sirius: ")[2].strip() if lines else ""
+
+    def close(self) -> None:
+        """Ends the child."""
+        with suppress(BrokenPipeError):  # a child that is gone already
+            _stdin(self._child).close()
+        try:
+            self._child.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        if self._child.stdout is not None:
+            self._child.stdout.close()
+
+    def _ask(self, command: dict[str, Any], seconds: float) -> dict[str, Any]:
+        try:
+            _stdin(self._child).write(json.dumps(command).encode() + b"\n")
+            _stdin(self._child).flush()
+        except BrokenPipeError as error:
+            raise EngineFailure(self._reason()) from error
+        line = self._read_line(time.monotonic() + seconds)
+        if not line:
+            raise EngineFailure(self._reason())
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _read_line(self, deadline: float) -> bytes:
+        """One line of the child's output; empty at its end."""
+        assert self._child.stdout is not None
+        line = b""
+        while not line.endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._child.stdout], [], [], left)[0]:
+                raise EngineFailure(f"the engine gave no answer in time; its log is {self._log}")
+            part = os.read(self._child.stdout.fileno(), 1 << 16)
+            if not part:
+                return b""
+            line += part
+        return line
+
+    def _reason(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if ERROR_LINE.match(line)]
+        reason = errors[-1] if errors else "its process ended without a message"
+        return f"the engine stopped: {reason}\nIts log is {self._log}"
+
+
+def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert child.stdin is not None
+    return child.stdin
+
+
+def _serve() -> None:
+    """The child: builds the engine, then answers prompts until its input ends."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    from vllm import LLM, SamplingParams
+
+    from vllm_sirius.metrics import read_counts
+
+    llm = LLM(**json.loads(sys.stdin.readline())["engine"])
+    answers.write("{}\n")
+    for line in sys.stdin:
+        command = json.loads(line)
+        params = SamplingParams(temperature=0.0, max_tokens=command["max_tokens"])
+        before = read_counts(llm.get_metrics())
+        started = time.perf_counter()
+        outputs = llm.generate({"prompt_token_ids": command["prompt"]}, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        counts = read_counts(llm.get_metrics()).since(before)
+        token_ids = list(outputs[0].outputs[0].token_ids)
+        answers.write(json.dumps({"token_ids": token_ids, "seconds": seconds, **vars(counts)}) + "\n")
+
+
+if __name__ == "__main__":
+    _serve()

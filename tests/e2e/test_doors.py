@@ -1,0 +1,181 @@
+"""All doors of configuration reach the same engine: flags, JSON, LLM, AsyncLLM, bench, run-batch (runner v1)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.real_models import SMOL, model_path
+
+TIMEOUT = 240
+COMMON = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
+MEMORY = ["--kv-cache-memory-bytes", str(128 << 20)]
+LEGACY = ["--speculative-model", "sirius", "--num-speculative-tokens", "7"]
+SHORT = ["--spec-method", "sirius", "--spec-tokens", "7"]
+JSON_OPTION = ["--speculative-config", '{"method": "sirius", "kernel_size": 8, "acceptance": "lossless"}']
+STARTED = "kernel size 8"
+"""In Sirius's start-up line."""
+
+
+def vllm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("vllm")), *arguments]
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
+
+
+PARSE = """
+import json, sys
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+found = []
+for arguments in json.loads(sys.argv[1]):
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = parser.parse_args(["--model", sys.argv[2], *arguments])
+    config = AsyncEngineArgs.from_cli_args(given).create_engine_config().speculative_config
+    found.append([type(config).__name__, config.num_speculative_tokens, repr(getattr(config, "sirius", None))])
+print("FOUND " + json.dumps(found))
+"""
+
+
+def test_flags_and_json_agree():
+    doors = [
+        LEGACY,
+        SHORT,
+        ["--spec-model", "sirius", "--spec-tokens", "7"],
+        ["--speculative-config", '{"method": "sirius", "kernel_size": 8}'],
+        ["--speculative-config", '{"model": "sirius", "num_speculative_tokens": 7}'],
+        ["--speculative-config.method", "sirius", "--speculative-config.kernel_size", "8"],
+        ["--speculative-model", "sirius", "--speculative-config", '{"kernel_size": 8}'],
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", PARSE, json.dumps(doors), model_path(SMOL)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("FOUND "))[6:])
+    assert len(found) == len(doors)
+    assert {tuple(one) for one in found} == {tuple(found[0])}
+    assert found[0][:2] == ["SiriusSpeculativeConfig", 7]
+    assert "kernel_size=8" in found[0][2]
+
+
+ASYNC = """
+import asyncio, sys
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+async def main():
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
+        model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=128 << 20,
+        speculative_config={"method": "sirius", "kernel_size": 8},
+    ))
+    async def ask(i):
+        async for output in engine.generate(
+            {"prompt_token_ids": [10 + i, 20, 30]}, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), str(i)
+        ):
+            last = output
+        return last.outputs[0].token_ids
+    answers = await asyncio.gather(*(ask(i) for i in range(3)))
+    engine.shutdown()
+    print("LENGTHS", [len(answer) for answer in answers])
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_async_engine(tmp_path):
+    script = tmp_path / "async_engine.py"
+    script.write_text(ASYNC, encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, str(script), model_path(SMOL)], capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert "LENGTHS [12, 12, 12]" in run.stdout, run.stderr[-3000:]
+
+
+def test_bench_latency():
+    sizes = [
+        "--input-len",
+        "16",
+        "--output-len",
+        "16",
+        "--batch-size",
+        "2",
+        "--num-iters-warmup",
+        "1",
+        "--num-iters",
+        "1",
+    ]
+    run = vllm("bench", "latency", "--model", model_path(SMOL), *COMMON, *MEMORY, *LEGACY, *sizes)
+    assert "Avg latency" in run.stdout, run.stderr[-3000:]
+    assert STARTED in run.stdout + run.stderr
+
+
+def test_bench_throughput():
+    sizes = ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "16", "--num-prompts", "4"]
+    run = vllm("bench", "throughput", "--model", model_path(SMOL), *COMMON, *MEMORY, *SHORT, *sizes)
+    assert "Throughput:" in run.stdout, run.stderr[-3000:]
+    assert STARTED in run.stdout + run.stderr
+
+
+def test_run_batch(tmp_path):
+    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
+    lines = [
+        {
+            "custom_id": f"request-{i}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {
+                "model": model_path(SMOL),
+                "messages": [{"role": "user", "content": f"What is {i} plus {i}?"}],
+                "max_tokens": 12,
+                "temperature": 0,
+                "vllm_xargs": xargs,
+            },
+        }
+        for i, xargs in enumerate(({"sirius": "off"}, {"sirius": "on"}, {"sirius": "perhaps"}))
+    ]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    run = vllm(
+        "run-batch",
+        "-i",
+        str(requests),
+        "-o",
+        str(answers),
+        "--model",
+        model_path(SMOL),
+        *COMMON,
+        *MEMORY,
+        *JSON_OPTION,
+    )
+    assert answers.is_file(), run.stderr[-3000:]
+    assert STARTED in run.stdout + run.stderr
+    found = {a["custom_id"]: a["response"] for a in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
+    assert [found[f"request-{i}"]["status_code"] for i in range(3)] == [200, 200, 400]
+    assert found["request-0"]["body"]["choices"][0]["message"]["content"]
+    assert "sirius='perhaps'" in json.dumps(found["request-2"])
+
+
+def test_a_bad_option_ends_serve_before_the_engine_starts():
+    run = vllm("serve", model_path(SMOL), *COMMON, "--speculative-config", '{"method": "sirius", "density": 7}')
+    assert run.returncode != 0
+    assert "density=7 is not in (0, 1]" in run.stderr + run.stdout
+    assert "Starting to load model" not in run.stderr + run.stdout
+
+
+@pytest.mark.parametrize(("arguments", "status", "words"), [((), 0, "supported"), (("--json",), 0, '"ffn_share"')])
+def test_doctor(arguments, status, words):
+    command = [str(Path(sys.executable).with_name("vllm-sirius")), "doctor", model_path(SMOL), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert run.returncode == status, run.stderr[-3000:]
+    assert words in run.stdout
+    if "--json" in arguments:
+        report = json.loads(run.stdout)
+        # SmolLM2-135M: 30 layers of 3 x 576 x 1536 in FFNs, 135M parameters with a tied embedding of 49152 x 576.
+        assert report["gated_ffns"] == 30
+        assert report["ffn_share"] == pytest.approx(30 * 3 * 576 * 1536 / 134.5e6, rel=0.01)
