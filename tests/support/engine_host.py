@@ -167,8 +167,7 @@ class _Child:
         return self.llm
 
     def _drop(self) -> None:
-        if self.llm is None:
-            return
+        """Also after an engine that failed to start, which leaves its distributed groups behind."""
         import gc
 
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -42,29 +42,30 @@ def draft_report(llm: Any) -> dict[str, Any]:
     }
 
 
-def pages_by_position(runner: Any, row: int, length: int) -> torch.Tensor:
-    """K/V of the first `length` positions of one request in every layer, ``[layers, length, heads, 2 * head_size]``."""
+def full_pages(runner: Any, row: int, length: int) -> torch.Tensor:
+    """K/V of the blocks that the first `length` positions of one request fill, ``[layers, blocks, ...]``.
+
+    Whole blocks, because vLLM's CPU kernels lay out the keys inside a block as their instruction set likes it.
+    """
     layers = []
     for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         table = runner.input_batch.block_table[group_id]
-        block_size = table.block_size
-        blocks = table.block_table.cpu[row].long()
-        positions = torch.arange(length)
+        blocks = table.block_table.cpu[row, : length // table.block_size].long()
         for name in group.layer_names:
-            cache = runner.compilation_config.static_forward_context[name].kv_cache  # [blocks, heads, block, 2 * head]
-            layers.append(cache[blocks[positions // block_size], :, positions % block_size])
+            layers.append(runner.compilation_config.static_forward_context[name].kv_cache[blocks])
     return torch.stack(layers).clone()
 
 
 def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
-    """Generates, and after every step copies the pages of every accepted position.
+    """Generates, and after every step copies the full pages of every request's accepted positions.
 
     Returns:
-        The answers, and per request the K/V each position had when it was last accepted, kept in this process under a key.
+        The answers; the pages stay in this process, in `RECORDED`.
     """
     from vllm import SamplingParams
 
     runner = model_runner(llm)
+    block_size = runner.input_batch.block_table[0].block_size
     pages: dict[str, torch.Tensor] = {}
     checks = {"steps": 0, "changed": 0.0}
     upstream = runner.propose_draft_token_ids if hasattr(runner, "drafter") else None
@@ -77,9 +78,9 @@ def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
             # The last token of the text has no K/V yet.
             length = int(runner.input_batch.num_tokens_no_spec[row]) - 1
             computed = runner.requests[req_id].num_computed_tokens
-            if length <= 0 or computed == 0:
+            if length <= 0 or computed == 0 or length < block_size:
                 continue
-            found = pages_by_position(runner, row, length)
+            found = full_pages(runner, row, length)
             known = pages.get(req_id)
             if known is not None:
                 common = min(known.shape[1], length)
@@ -100,7 +101,7 @@ def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
     RECORDED.append([pages[key] for key in sorted(pages, key=_request_order)])
     return {
         "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
-        "lengths": [p.shape[1] for p in RECORDED[-1]],
+        "lengths": [p.shape[1] * block_size for p in RECORDED[-1]],
         **checks,
     }
 
@@ -113,14 +114,14 @@ def _request_order(req_id: str) -> tuple[int, str]:
 
 
 def compare_recorded(llm: Any, first: int, second: int) -> dict[str, Any]:
-    """Largest difference between two recordings, over the positions both have, and the size of the values."""
-    worst, size, positions = 0.0, 0.0, 0
+    """Largest difference between two recordings over the blocks both have, the size of the values, and the blocks."""
+    worst, size, num_blocks = 0.0, 0.0, 0
     for one, other in zip(RECORDED[first], RECORDED[second], strict=True):
         common = min(one.shape[1], other.shape[1])
-        positions += common
+        num_blocks += common
         worst = max(worst, float((one[:, :common] - other[:, :common]).abs().max()))
         size = max(size, float(one.abs().max()))
-    return {"worst": worst, "size": size, "positions": positions}
+    return {"worst": worst, "size": size, "blocks": num_blocks}
 
 
 def num_preemptions(llm: Any) -> int:

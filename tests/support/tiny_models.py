@@ -169,13 +169,7 @@ _GATED = [
     TinyModel("mistral_sliding", "MistralConfig", {"sliding_window": 32}, mlp="LlamaMLP"),
     TinyModel("qwen2", "Qwen2Config", _SQUARE, mlp="Qwen2MLP"),
     TinyModel("qwen3", "Qwen3Config", mlp="Qwen2MLP"),
-    TinyModel(
-        "gemma",
-        "GemmaConfig",
-        {"hidden_act": "gelu", "hidden_activation": "gelu"},
-        mlp="GemmaMLP",
-        act="GeluAndMul",
-    ),
+    TinyModel("gemma", "GemmaConfig", mlp="GemmaMLP", act="GeluAndMul"),
     TinyModel(
         "gemma2",
         "Gemma2Config",
@@ -220,7 +214,12 @@ _GATED = [
         mlp="GraniteMLP",
     ),
     TinyModel("glm4", "Glm4Config", mlp="LlamaMLP"),
-    TinyModel("cohere", "CohereConfig", {"logit_scale": 1.5, "tie_word_embeddings": True}, mlp="CohereMLP"),
+    TinyModel(
+        "cohere",
+        "CohereConfig",
+        {"logit_scale": 1.5, "tie_word_embeddings": True},
+        mlp="CohereMLP",
+    ),
     TinyModel(
         "cohere2",
         "Cohere2Config",
@@ -290,7 +289,7 @@ _GATED = [
     TinyModel(
         "smollm3_geglu",
         "SmolLM3Config",
-        {"hidden_act": "gelu_pytorch_tanh"},
+        {"hidden_act": "gelu"},
         mlp="SmolLM3MLP",
         act="GeluAndMul",
         backend="transformers",
@@ -341,7 +340,7 @@ _REFUSED = [
             "max_position_embeddings": MAX_LEN,
         },
         common=False,
-        refusal="FFN is not gated",
+        refusal="non-gated FFN",
     ),
     TinyModel(
         "gpt2",
@@ -355,21 +354,21 @@ _REFUSED = [
             "n_positions": MAX_LEN,
         },
         common=False,
-        refusal="FFN is not gated",
+        refusal="non-gated FFN",
     ),
     TinyModel(
         "gpt_neox",
         "GPTNeoXConfig",
         {"num_attention_heads": 2, "rotary_pct": 1.0},
         backend="transformers",
-        refusal="FFN is not gated",
+        refusal="non-gated FFN",
     ),
-    TinyModel("starcoder2", "Starcoder2Config", backend="transformers", refusal="FFN is not gated"),
+    TinyModel("starcoder2", "Starcoder2Config", backend="transformers", refusal="non-gated FFN"),
     TinyModel(
         "nemotron",
         "NemotronConfig",
         {"partial_rotary_factor": 1.0},
-        refusal="FFN is not gated",
+        refusal="non-gated FFN",
     ),
     TinyModel(
         "mamba2",
@@ -408,6 +407,7 @@ _REFUSED = [
         "Lfm2Config",
         {
             **_SQUARE,
+            "tie_word_embeddings": True,
             "layer_types": ["conv", "full_attention", "conv"],
             "block_auto_adjust_ff_dim": False,
         },

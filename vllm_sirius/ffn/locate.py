@@ -31,7 +31,8 @@ class GatedFFN:
         gate_up: Its merged projection, weight ``[2 * neurons, hidden_size]``.
         down: Its down projection, weight ``[hidden_size, neurons]``.
         activation_name: Attribute of `module` that holds the activation.
-        activation: The activation of the gate half alone.
+        activation: The activation of the gate half alone, or ``None`` if it is one that only coarse sparsity can handle, by
+            masking its result.
         gate_first: Whether the gate is the first half of the merged projection.
         hidden_size: Width of the model.
         num_neurons: Neurons on this tensor-parallel rank.
@@ -42,7 +43,7 @@ class GatedFFN:
     gate_up: nn.Module
     down: nn.Module
     activation_name: str
-    activation: Activation
+    activation: Activation | None
     gate_first: bool
     hidden_size: int
     num_neurons: int
@@ -120,7 +121,7 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
-def _split_activation(name: str, module: Any) -> tuple[Activation, bool]:
+def _split_activation(name: str, module: Any) -> tuple[Activation | None, bool]:
     """The activation of the gate, and whether the gate is the first half."""
     kind = type(module).__name__
     if kind == "SiluAndMul":
@@ -129,7 +130,9 @@ def _split_activation(name: str, module: Any) -> tuple[Activation, bool]:
         return Activation.SILU, False
     if kind == "GeluAndMul":
         return (Activation.GELU_TANH if module.approximate == "tanh" else Activation.GELU), True
+    if "AndMul" in kind:
+        return None, True
     raise SiriusUnsupportedError(
-        f"the FFN {name!r} uses the activation {kind}, which is not known to split into a gate and an up half: serve this "
+        f"the FFN {name!r} uses the activation {kind}, which is not known to multiply a gate with an up half: serve this "
         "model without --speculative-model sirius, or report the model so that it can be added."
     )

@@ -35,6 +35,7 @@ def rows_reproduce_ffns(ffns: ReducedFFNs, dtype: torch.dtype) -> bool:
     """
     assert ffns.rows is not None
     for ffn, rows in zip(ffns.ffns, ffns.rows, strict=True):
+        assert ffn.activation is not None
         hidden_states = _random_hidden_states(ffn.hidden_size, dtype)
         dense = ffn.module(hidden_states).float()
         whole = coarse_ffn(hidden_states, rows, torch.arange(rows.shape[0], dtype=torch.int32), ffn.activation).float()

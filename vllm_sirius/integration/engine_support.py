@@ -78,8 +78,8 @@ RULES: tuple[Rule, ...] = (
     (
         lambda c: c.parallel_config.worker_cls not in (CPU_WORKER, SIRIUS_CPU_WORKER) and c.parallel_config.worker_cls,
         (
-            "worker_cls={value!r}: Sirius brings its own worker and cannot share an engine with another one; drop --worker-cls or "
-            "the plugin that sets it."
+            "worker_cls={value!r}: Sirius brings its own worker and cannot share an engine with another one; drop --worker-cls "
+            "or the plugin that sets it."
         ),
     ),
 )

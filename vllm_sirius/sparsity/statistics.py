@@ -148,8 +148,9 @@ class NeuronStatistics:
 
         Args:
             layer: Index of the FFN.
-            activation: ``act(gate) * up``, ``[num_tokens, neurons]``; rows beyond the announced ones are ignored.
+            activation: ``act(gate) * up``, ``[..., num_tokens, neurons]``; rows beyond the announced ones are ignored.
         """
+        activation = activation.view(-1, activation.shape[-1])
         view = slice(self.offsets[layer], self.offsets[layer] + self.layer_sizes[layer])
         if self._direct is not None:
             energy = _token_energy(activation[: self._direct.shape[1]])

@@ -105,6 +105,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     def create_and_check(*args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = create_model(*args, **kwargs)
         ffns = locate_gated_ffns(model)
+        _check_activations(vllm_config, ffns)
         kernels = _choose_kernels(vllm_config, ffns)
         built.append((ffns, measure_shape(model, ffns), [_FFNReader(ffn, kernels.native) for ffn in ffns], kernels))
         return model
@@ -118,9 +119,21 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     return LoadedTarget(model, ffns, shape, torch.cat(norms), rows if kernels.native else None, kernels)
 
 
+def _check_activations(vllm_config: Any, ffns: list[GatedFFN]) -> None:
+    unknown = next((ffn for ffn in ffns if ffn.activation is None), None)
+    if unknown is not None and vllm_config.speculative_config.sirius.sparsity == "fine":
+        kind = type(getattr(unknown.module, unknown.activation_name)).__name__
+        raise SiriusUnsupportedError(
+            f"sparsity='fine' needs the gate of each neuron, which the activation {kind} of the FFN {unknown.name!r} does not "
+            "show: use sparsity='coarse'."
+        )
+
+
 def _choose_kernels(vllm_config: Any, ffns: list[GatedFFN]) -> KernelChoice:
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         return KernelChoice(False, "tensor parallel")
+    if any(ffn.activation is None for ffn in ffns):
+        return KernelChoice(False, "activation without a kernel")
     if any(getattr(layer, "bias", None) is not None for ffn in ffns for layer in (ffn.gate_up, ffn.down)):
         return KernelChoice(False, "FFN with bias")
     return choose_kernels(vllm_config.model_config.dtype, vllm_config.device_config.device)

@@ -34,12 +34,11 @@ class SiriusCPUModelRunner(CPUModelRunner):
         self.sirius = config
         with _AsCustomClass(vllm_config.speculative_config):
             super().__init__(vllm_config, device)
-        if not config.lossless:
-            self.rejection_sampler = SiriusRejectionSampler(
-                self.rejection_sampler,
-                lambda num_rows: self.drafter.thresholds(self.input_batch.req_ids, num_rows),
-                config.threshold_temperature,
-            )
+        self.rejection_sampler = SiriusRejectionSampler(
+            self.rejection_sampler,
+            vllm_config.speculative_config,
+            lambda num_rows: self.drafter.thresholds(self.input_batch.req_ids, num_rows),
+        )
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Loads the target and makes it its own drafter; upstream's version would load it without the FFN check."""
@@ -73,6 +72,12 @@ class SiriusCPUModelRunner(CPUModelRunner):
         corrections = super()._update_states(scheduler_output)
         self.drafter.begin_step(scheduler_output, self.requests, self.input_batch.req_ids)
         return corrections
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """A step in which nobody drafted is sampled plainly; upstream's top-k fails on an empty batch of drafts."""
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Always: a request near the longest text drafts less, instead of stopping the drafts of the whole batch."""

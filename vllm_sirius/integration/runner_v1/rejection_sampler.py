@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
-from vllm_sirius.acceptance import accept_by_threshold, emit_tokens
+from vllm_sirius.acceptance import (
+    PLACEHOLDER_TOKEN_ID,
+    accept_by_threshold,
+    accept_own_choice,
+    emit_tokens,
+)
+from vllm_sirius.config import SiriusConfig
 from vllm_sirius.integration.runner_v1.rejection_sample import acceptance_rule
 
 
 class SiriusRejectionSampler(RejectionSampler):
-    """Upstream's sampler with the threshold rule in the place of rejection sampling.
+    """Upstream's sampler with the rules of `acceptance` in the place of its own.
 
-    Grammar masks, penalties, bad words, minimum length, temperature, top-k, top-p and logprobs stay upstream's: the rule
-    judges the logits that they have already shaped. A lossless engine keeps upstream's own sampler.
+    Grammar masks, penalties, bad words, minimum length, temperature, top-k, top-p and logprobs stay upstream's: the rules
+    judge the logits that they have already shaped. The target's own choice at each position is drawn as upstream's plain
+    sampler draws it, one number of the request's generator per emitted token, so a lossless seeded request gives the same
+    tokens as without speculation.
 
     Args:
-        upstream: The sampler the runner was built with.
+        upstream: The sampler the runner was built with, whose place this one takes.
+        speculative_config: The engine's speculative config.
         thresholds: Takes the number B of rows, returns their likelihood thresholds, ``float32 [B]``.
-        temperature: Temperature of the likelihood for greedy requests.
     """
 
     def __init__(
-        self, upstream: RejectionSampler, thresholds: Callable[[int], torch.Tensor], temperature: float
+        self, upstream: RejectionSampler, speculative_config: Any, thresholds: Callable[[int], torch.Tensor]
     ) -> None:
-        torch.nn.Module.__init__(self)
-        self.__dict__.update({key: value for key, value in vars(upstream).items() if key not in self.__dict__})
-        self._modules.update(upstream._modules)
+        super().__init__(upstream.sampler, speculative_config, torch.device("cpu"))
+        self._config: SiriusConfig = speculative_config.sirius
         self._thresholds = thresholds
-        self._temperature = temperature
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, with `_threshold_sample` as the rule."""
-        with acceptance_rule(self._threshold_sample):
-            return super().forward(*args, **kwargs)
+    def forward(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+        """As upstream, with `_judge` as the rule."""
+        noise = _DraftNoise(sampling_metadata.generators, metadata.num_draft_tokens)
+        with acceptance_rule(functools.partial(self._judge, noise)):
+            output = super().forward(metadata, draft_probs, logits, sampling_metadata)
+        noise.give_back(output.sampled_token_ids)
+        return output
 
-    def _threshold_sample(
+    def _judge(
         self,
+        noise: _DraftNoise,
         draft_token_ids: torch.Tensor,
         num_draft_tokens: list[int],
         max_spec_len: int,
@@ -50,19 +61,63 @@ class SiriusRejectionSampler(RejectionSampler):
         sampling_metadata: Any,
         **unused: Any,
     ) -> torch.Tensor:
-        """The rule, with the signature of upstream's `rejection_sample`."""
+        """The rule, with the signature of upstream's `rejection_sample` after `noise`."""
         counts = torch.tensor(num_draft_tokens)
         greedy = _greedy_rows(sampling_metadata, len(num_draft_tokens))
-        own = _own_choice(target_logits, num_draft_tokens, greedy, sampling_metadata.generators)
-        temperature = torch.where(greedy, self._temperature, 1.0)
-        accepted = accept_by_threshold(
-            draft_token_ids,
-            own,
-            target_logits,
-            self._thresholds(len(num_draft_tokens)).repeat_interleave(counts),
-            temperature.repeat_interleave(counts),
-        )
+        own = target_logits.argmax(dim=-1)
+        if not bool(greedy.all()):
+            sampled = torch.ops._C.fused_gumbel_argmax(target_logits.float(), noise.seeds).view(-1)
+            own = torch.where(greedy.repeat_interleave(counts), own, sampled)
+        if self._config.lossless:
+            accepted = accept_own_choice(draft_token_ids, own)
+        else:
+            temperature = torch.where(greedy, self._config.threshold_temperature, 1.0)
+            thresholds = self._thresholds(len(num_draft_tokens)).repeat_interleave(counts)
+            accepted = accept_by_threshold(
+                draft_token_ids, own, target_logits, thresholds, temperature.repeat_interleave(counts)
+            )
         return emit_tokens(draft_token_ids, own, accepted, counts, bonus_token_ids.view(-1), max_spec_len)
+
+
+class _DraftNoise:
+    """Seeds of the target's own choices at the drafted positions, in the order plain decoding would draw them.
+
+    Making it moves each request's generator to where the bonus token is drawn; `give_back` then moves it to where plain
+    decoding would be after the tokens that were emitted.
+
+    Args:
+        generators: Generators of the seeded requests by row.
+        num_draft_tokens: Drafts of each row.
+
+    Attributes:
+        seeds: ``int64 [N]``, one for each drafted position.
+    """
+
+    def __init__(self, generators: Mapping[int, torch.Generator], num_draft_tokens: Sequence[int]) -> None:
+        self._generators = {row: g for row, g in generators.items() if row < len(num_draft_tokens)}
+        self._states = {row: generator.get_state() for row, generator in self._generators.items()}
+        seeds: list[torch.Tensor] = []
+        for row, count in enumerate(num_draft_tokens):
+            generator = self._generators.get(row)
+            seeds.extend(_draw(generator) for _ in range(count))
+        self.seeds = torch.cat(seeds) if seeds else torch.empty(0, dtype=torch.long)
+
+    def give_back(self, emitted: torch.Tensor) -> None:
+        """Takes back the draws of rejected positions.
+
+        Args:
+            emitted: Tokens of each row, filled up with placeholders, ``int [B, most drafts + 1]``.
+        """
+        counts = (emitted != PLACEHOLDER_TOKEN_ID).sum(dim=1).tolist()
+        for row, generator in self._generators.items():
+            generator.set_state(self._states[row])
+            for _ in range(counts[row]):
+                _draw(generator)
+
+
+def _draw(generator: torch.Generator | None) -> torch.Tensor:
+    """One seed, as upstream's CPU sampler draws it for one token."""
+    return torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
 
 
 def _greedy_rows(sampling_metadata: Any, num_requests: int) -> torch.Tensor:
@@ -70,28 +125,3 @@ def _greedy_rows(sampling_metadata: Any, num_requests: int) -> torch.Tensor:
         return torch.ones(num_requests, dtype=torch.bool)
     greedy: torch.Tensor = sampling_metadata.temperature[:num_requests] == 0
     return greedy
-
-
-def _own_choice(
-    target_logits: torch.Tensor,
-    num_draft_tokens: list[int],
-    greedy: torch.Tensor,
-    generators: dict[int, torch.Generator],
-) -> torch.Tensor:
-    """What the target itself would emit at each drafted position, ``int64 [N]``.
-
-    Sampling rows use the Gumbel trick (argmax of p / exponential noise), as upstream's sampler does, with the request's own
-    generator where it has a seed.
-    """
-    own = target_logits.argmax(dim=-1)
-    if bool(greedy.all()):
-        return own
-    noise = torch.empty_like(target_logits, dtype=torch.float32).exponential_()
-    start = 0
-    for row, count in enumerate(num_draft_tokens):
-        generator = generators.get(row)
-        if generator is not None and count:
-            noise[start : start + count].exponential_(generator=generator)
-        start += count
-    sampled = target_logits.softmax(dim=-1, dtype=torch.float32).div_(noise).argmax(dim=-1)
-    return torch.where(greedy.repeat_interleave(torch.tensor(num_draft_tokens)), own, sampled)

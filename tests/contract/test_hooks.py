@@ -1,0 +1,356 @@
+"""The hooks fit the installed vLLM, the ledger says what they are, and nobody else notices them.
+
+vLLM is imported in child processes only: `ask` runs one of this file's `probe_*` functions there and returns what it found.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from support.real_models import ROOT, SMOL, model_path
+
+LEDGER = ROOT / "patches" / "README.md"
+FIELDS = ["Process", "Fingerprint", "Why", "Delta", "Untouched", "Test", "Upstream", "Remove when"]
+PROCESSES = {"every": "every process that loads the plugin", "worker": "worker of an engine with Sirius"}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+TIMEOUT = 600
+
+
+def ask(probe, *arguments, environment=None):
+    """Runs a probe of this file in a process of its own."""
+    folders = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    variables = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
+    variables |= {"PYTHONPATH": os.pathsep.join(folders), "VLLM_LOGGING_LEVEL": "ERROR", **(environment or {})}
+    code = f"import json, test_hooks; print('FOUND ' + json.dumps(test_hooks.{probe.__name__}(*{arguments!r})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))[6:])
+
+
+def plain(stored):
+    """The function behind a property or static method."""
+    if isinstance(stored, property):
+        return stored.fget
+    return getattr(stored, "__func__", stored)
+
+
+def accepts_the_calls_of(original, wrapper):
+    """Whether a wrapper names the original's parameters, as far as it names any."""
+    found = list(inspect.signature(wrapper, follow_wrapped=False).parameters.values())
+    named = [parameter.name for parameter in found if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    known = list(inspect.signature(original, follow_wrapped=False).parameters)
+    return named == known[: len(named)] and (len(named) == len(known) or len(found) == len(named) + 2)
+
+
+def error_of(function, *arguments, **options):
+    """Type and text of the exception that a call raises; ``None`` if there is none."""
+    try:
+        function(*arguments, **options)
+    except Exception as error:  # noqa: BLE001 - whatever vLLM or the plugin raises is what is asked for
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def probe_installation(relied_on):
+    from vllm.plugins import load_general_plugins
+
+    from vllm_sirius import plugin
+    from vllm_sirius.integration.hook_engine import install, is_installed, resolve, source_fingerprint
+    from vllm_sirius.integration.installed_hooks import HOOKS, worker_hooks
+
+    hooks = (*HOOKS, *worker_hooks())
+    before = {hook.target: plain(resolve(hook.target)[2]) for hook in hooks}
+    report = {
+        "hooks": [
+            {
+                "target": hook.target,
+                "process": "every" if hook in HOOKS else "worker",
+                "pinned": hook.fingerprint,
+                "found": source_fingerprint(resolve(hook.target)[2]),
+                "why": hook.why,
+                "untouched": hook.untouched,
+                "remove_when": hook.remove_when,
+                "upstream_code": before[hook.target].__code__.co_filename,
+            }
+            for hook in hooks
+        ],
+        "relied_on": {target: source_fingerprint(resolve(target)[2]) for target in relied_on},
+        "installed_before": [hook.target for hook in hooks if is_installed(hook)],
+    }
+    load_general_plugins()
+    report["reason"] = plugin.unavailable_reason()
+    report["installed"] = [hook.target for hook in hooks if is_installed(hook)]
+    after = {hook.target: plain(resolve(hook.target)[2]) for hook in HOOKS}
+    plugin.register()
+    plugin._registered = False
+    plugin.register()
+    report["wrapped_once"] = [target for target in after if plain(resolve(target)[2]) is after[target]]
+    install(worker_hooks())
+    report["changed_signatures"] = [
+        target for target in before if not accepts_the_calls_of(before[target], plain(resolve(target)[2]))
+    ]
+    report["hands_over"] = [target for target in before if plain(resolve(target)[2]).__wrapped__ is before[target]]
+    report |= probe_rejection_sample()
+    return report
+
+
+def probe_rejection_sample():
+    from vllm.v1.sample import rejection_sampler
+
+    from vllm_sirius.integration.runner_v1.rejection_sample import acceptance_rule
+    from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
+
+    with acceptance_rule(lambda *arguments, **options: ["ours", arguments, options]):
+        inside = rejection_sampler.rejection_sample(1, top=2)
+    rule = inspect.signature(SiriusRejectionSampler._threshold_sample).parameters
+    upstream = inspect.signature(rejection_sampler.rejection_sample).parameters
+    named = [p.name for p in rule.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    return {
+        "rule_inside": inside,
+        "rule_outside": error_of(rejection_sampler.rejection_sample),
+        "rule_names": named,
+        "upstream_names": list(upstream)[: len(named)],
+    }
+
+
+def probe_behaviour(model):
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def create(**options):
+        return EngineArgs(model=model, max_model_len=128, **options).create_engine_config()
+
+    def parse(*flags):
+        given = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(flags))
+        return [given.spec_method, given.spec_model, given.spec_tokens]
+
+    configs = {
+        "none": create(),
+        "ngram": create(speculative_config=dict(NGRAM)),
+        "sirius": create(speculative_config={"method": "sirius"}),
+    }
+    bad = SamplingParams(extra_args={"sirius_threshold": "high", "other": 1})
+    return {
+        "classes": {name: type(config.speculative_config).__name__ for name, config in configs.items()},
+        "workers": {name: config.parallel_config.worker_cls for name, config in configs.items()},
+        "lookahead": {name: config.num_lookahead_tokens for name, config in configs.items()},
+        "refusal": error_of(create, speculative_config={"method": "sirius"}, pipeline_parallel_size=2),
+        "same_without": error_of(create, pipeline_parallel_size=2),
+        "parsed": [
+            parse(),
+            parse("--spec-method", "sirius"),
+            parse("--speculative-model", "sirius", "--num-speculative-tokens", "7"),
+            parse("--spec-model", "a/draft", "--spec-tokens", "3"),
+        ],
+        "request_errors": {
+            name: error_of(
+                bad.verify, config.model_config, config.speculative_config, config.structured_outputs_config, None
+            )
+            for name, config in configs.items()
+        },
+    }
+
+
+def probe_refusal(model, cause):
+    """What happens where the plugin does not fit: another version of vLLM, or a hooked symbol that has changed."""
+    from dataclasses import replace
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sirius import plugin
+
+    watched = ("create_speculative_config", "create_engine_config", "add_cli_args")
+    before = {name: inspect.getattr_static(EngineArgs, name) for name in watched}
+    if cause == "version":
+        plugin.TARGET_VLLM_VERSION = "9.9.9"
+    else:
+        from vllm_sirius.integration import installed_hooks
+
+        *rest, last = installed_hooks.HOOKS
+        installed_hooks.HOOKS = (*rest, replace(last, fingerprint="0" * 12))
+    plain_args = EngineArgs(model=model, max_model_len=128)
+    return {
+        "reason": plugin.unavailable_reason(),
+        "replaced": [name for name in watched if inspect.getattr_static(EngineArgs, name) is not before[name]],
+        "loaded": sorted(name for name in sys.modules if name.startswith("vllm_sirius.integration.")),
+        "without": error_of(plain_args.create_engine_config),
+        "ngram": error_of(
+            EngineArgs(model=model, max_model_len=128, speculative_config=dict(NGRAM)).create_engine_config
+        ),
+        "sirius": [
+            error_of(EngineArgs(model=model, max_model_len=128, **options).create_engine_config)
+            for options in ({"speculative_config": {"method": "sirius"}}, {"spec_model": "sirius"})
+        ],
+    }
+
+
+def probe_absence(model):
+    """VLLM_PLUGINS leaves the plugin out."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    error = error_of(
+        EngineArgs(model=model, max_model_len=128, speculative_config={"method": "sirius"}).create_engine_config
+    )
+    return {"error": error, "loaded": sorted(name for name in sys.modules if name.startswith("vllm_sirius"))}
+
+
+def read_ledger():
+    """Fields of each hook in the ledger, and the fingerprints of the symbols that attachments rely on."""
+    text = LEDGER.read_text()
+    hooks_part, _, rest = text.partition("## Attachments without a hook")
+    hooks = {}
+    for section in hooks_part.split("\n### ")[1:]:
+        target = section.partition("\n")[0].strip("`")
+        rows = re.findall(r"^\| ([A-Z][a-z ]+) \| (.+) \|$", section, re.MULTILINE)
+        hooks[target] = dict(rows)
+        assert [name for name, _ in rows] == FIELDS, target
+    relied_on = dict(re.findall(r"^\| `(vllm\.[^`]+:[^`]+)` \| `([0-9a-f]{12})` \|", rest, re.MULTILINE))
+    return hooks, relied_on
+
+
+@pytest.fixture(scope="module")
+def installation():
+    return ask(probe_installation, list(read_ledger()[1]))
+
+
+@pytest.fixture(scope="module")
+def behaviour():
+    return ask(probe_behaviour, model_path(SMOL))
+
+
+def test_ledger_lists_exactly_the_hooks_of_the_code(installation):
+    ledger = read_ledger()[0]
+    assert list(ledger) == [hook["target"] for hook in installation["hooks"]]
+    for hook in installation["hooks"]:
+        row = ledger[hook["target"]]
+        assert row["Process"] == PROCESSES[hook["process"]]
+        assert row["Fingerprint"] == f"`{hook['pinned']}`"
+        assert row["Why"] == hook["why"]
+        assert row["Untouched"] == hook["untouched"]
+        assert row["Remove when"] == hook["remove_when"]
+
+
+def test_every_hook_has_the_test_that_the_ledger_names():
+    for target, row in read_ledger()[0].items():
+        path, _, name = row["Test"].strip("`").partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text(), target
+
+
+def test_hooked_symbols_are_the_ones_the_hooks_were_written_for(installation):
+    assert {hook["target"]: hook["found"] for hook in installation["hooks"]} == {
+        hook["target"]: hook["pinned"] for hook in installation["hooks"]
+    }
+    for hook in installation["hooks"]:
+        assert f"{os.sep}vllm{os.sep}" in hook["upstream_code"], "somebody else replaced it first"
+
+
+def test_symbols_that_attachments_rely_on_are_unchanged(installation):
+    relied_on = read_ledger()[1]
+    assert len(relied_on) >= 10
+    assert installation["relied_on"] == relied_on
+
+
+def test_plugin_installs_its_hooks_and_leaves_those_of_the_worker(installation):
+    assert installation["reason"] is None
+    assert installation["installed_before"] == []
+    assert installation["installed"] == [hook["target"] for hook in installation["hooks"] if hook["process"] == "every"]
+
+
+def test_register_is_idempotent(installation):
+    assert installation["wrapped_once"] == installation["installed"]
+
+
+def test_wrappers_take_what_the_originals_take_and_keep_them(installation):
+    assert installation["changed_signatures"] == []
+    assert installation["hands_over"] == [hook["target"] for hook in installation["hooks"]]
+
+
+def test_acceptance_rule_is_ours_only_inside_its_context(installation):
+    assert installation["rule_inside"] == ["ours", [1], {"top": 2}]
+    assert installation["rule_outside"].startswith("TypeError: rejection_sample() missing")
+    assert installation["rule_names"] == installation["upstream_names"]
+
+
+def test_entry_point_is_in_the_packages_metadata():
+    found = [point for point in metadata.entry_points(group="vllm.general_plugins") if point.name == "sirius"]
+    assert {point.value for point in found} == {"vllm_sirius.plugin:register"}
+
+
+def test_speculative_config_is_ours_for_sirius_alone(behaviour):
+    assert behaviour["classes"] == {
+        "none": "NoneType",
+        "ngram": "SpeculativeConfig",
+        "sirius": "SiriusSpeculativeConfig",
+    }
+
+
+def test_worker_is_chosen_and_setups_are_judged_for_sirius_alone(behaviour):
+    workers = behaviour["workers"]
+    assert workers["sirius"] == "vllm_sirius.integration.runner_v1.worker.SiriusCPUWorker"
+    assert workers["ngram"] == workers["none"] == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert "pipeline_parallel_size=2" in behaviour["refusal"]
+    assert behaviour["same_without"] is None
+
+
+def test_parser_gains_names_and_no_defaults(behaviour):
+    assert behaviour["parsed"] == [
+        [None, None, None],
+        ["sirius", None, None],
+        [None, "sirius", 7],
+        [None, "a/draft", 3],
+    ]
+
+
+def test_lookahead_slots_are_reserved_for_sirius_alone(behaviour):
+    assert behaviour["lookahead"] == {"none": 0, "ngram": 0, "sirius": 15}
+
+
+def test_request_options_are_judged_for_sirius_alone(behaviour):
+    errors = behaviour["request_errors"]
+    assert errors["none"] is None
+    assert errors["ngram"] is None
+    assert "sirius_threshold='high' is not a finite number" in errors["sirius"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ("version", ["supports vLLM 9.9.9", "compatibility table", "VLLM_SIRIUS_ALLOW_UNTESTED"]),
+        ("fingerprint", ["SamplingParams.verify is not the one", "compatibility table"]),
+    ],
+)
+def test_where_nothing_fits_nothing_is_installed_and_the_reason_waits_for_sirius(cause, words):
+    found = ask(probe_refusal, model_path(SMOL), cause)
+    assert found["replaced"] == ["create_speculative_config"], "only the wrapper that explains"
+    if cause == "version":
+        assert found["loaded"] == []
+    assert found["without"] is None
+    assert found["ngram"] is None
+    for error in found["sirius"]:
+        assert error.startswith("SiriusIntegrationError: the speculative method 'sirius' is not available:")
+        for word in words:
+            assert word in error
+
+
+def test_another_version_can_be_tried_at_ones_own_risk():
+    found = ask(probe_refusal, model_path(SMOL), "version", environment={"VLLM_SIRIUS_ALLOW_UNTESTED": "1"})
+    assert found["reason"] is None
+    assert found["replaced"] == ["create_speculative_config", "create_engine_config", "add_cli_args"]
+    assert found["sirius"] == [None, None]
+
+
+def test_plugin_left_out_by_vllm_plugins_is_not_loaded():
+    found = ask(probe_absence, model_path(SMOL), environment={"VLLM_PLUGINS": "another"})
+    assert found["loaded"] == []
+    assert found["error"] is not None
