@@ -4,7 +4,7 @@ import pytest
 from support.real_models import QWEN_SMALL, SMOL, mixed_prompts, model_path
 
 NUM_PROMPTS = 24
-MAX_TOKENS = {SMOL: 40, QWEN_SMALL: 32}
+MAX_TOKENS = {SMOL: 24, QWEN_SMALL: 24}
 
 
 def sirius(**options):
@@ -51,15 +51,15 @@ def test_qwen_is_token_identical_in_short_v1(host):
 
 @pytest.mark.parametrize("kernel_size", [2, 3, 16, 40])
 def test_any_kernel_size_is_token_identical_v1(host, kernel_size):
-    check_identical(host, SMOL, 8, {"kernel_size": kernel_size, "adaptive": False})
+    check_identical(host, SMOL, 8, {"kernel_size": kernel_size, "adaptive": False}, num_prompts=8)
 
 
 def test_compiled_target_is_token_identical_v1(host):
-    check_identical(host, SMOL, 8, {}, enforce_eager=False)
+    check_identical(host, SMOL, 8, {}, num_prompts=8, enforce_eager=False)
 
 
 def test_chunked_prefill_is_token_identical_v1(host):
-    check_identical(host, SMOL, 8, {}, max_num_batched_tokens=48)
+    check_identical(host, SMOL, 8, {}, num_prompts=8, max_num_batched_tokens=48)
 
 
 def test_prefix_cache_hits_are_token_identical_v1(host):
