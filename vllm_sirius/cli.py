@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -54,6 +55,9 @@ def acceptance_length(rate: float, kernel_size: int) -> float:
 
 
 def _doctor(given: argparse.Namespace) -> int:
+    # Standard output belongs to the report; vLLM reads these when it is imported.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm_sirius.integration.doctor import inspect_model
 
     options = {key: value for key, value in given.speculative_config.items() if key != "method"}

@@ -6,6 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
+from vllm_sirius.errors import SiriusConfigError
 from vllm_sirius.integration.hook_engine import Hook
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.request_options import parse_request_options
@@ -18,8 +21,13 @@ def _verify(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         original(self, model_config, speculative_config, structured_outputs_config, tokenizer)
         config = sirius_config(speculative_config)
-        if config is not None:
+        if config is None:
+            return
+        try:
             parse_request_options(self.extra_args, config)
+        except SiriusConfigError as error:
+            # The HTTP server answers 400 to vLLM's own validation errors alone.
+            raise VLLMValidationError(str(error), parameter="extra_args") from error
 
     return wrapper
 

@@ -37,12 +37,36 @@ def _rejection_sample(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _expand_batch_to_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        if _rule.get() is None:
+            expanded: torch.Tensor = original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+            return expanded
+        ends = cu_num_tokens.long()
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
+        return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts)
+
+    return wrapper
+
+
 HOOKS = (
+    Hook(
+        target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        make=_expand_batch_to_tokens,
+        fingerprint="ef896c2fe058",
+        why="Without Triton its kernel does nothing on CPU, so each drafted position gets an undefined temperature, top-k and "
+        "top-p.",
+        untouched="no acceptance rule is set, which only Sirius's own sampler does, for the time of its call",
+        remove_when="upstream's CPU build runs its own kernel for it",
+    ),
     Hook(
         target="vllm.v1.sample.rejection_sampler:rejection_sample",
         make=_rejection_sample,
         fingerprint="dd7297cb744d",
-        why="`RejectionSampler.forward` prepares the processed logits, which the threshold rule judges, and then calls this "
+        why="`RejectionSampler.forward` prepares the processed logits, which the acceptance rule judges, and then calls this "
         "function by its global name; a subclass cannot replace the rule without copying the whole method.",
         untouched="no acceptance rule is set, which only Sirius's own sampler does, for the time of its call",
         remove_when="upstream turns the rule into a method of RejectionSampler",
