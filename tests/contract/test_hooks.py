@@ -112,9 +112,9 @@ def probe_rejection_sample():
 
     with acceptance_rule(lambda *arguments, **options: ["ours", arguments, options]):
         inside = rejection_sampler.rejection_sample(1, top=2)
-    rule = inspect.signature(SiriusRejectionSampler._threshold_sample).parameters
+    rule = inspect.signature(SiriusRejectionSampler._judge).parameters
     upstream = inspect.signature(rejection_sampler.rejection_sample).parameters
-    named = [p.name for p in rule.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    named = [p.name for p in rule.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ("self", "noise")]
     return {
         "rule_inside": inside,
         "rule_outside": error_of(rejection_sampler.rejection_sample),

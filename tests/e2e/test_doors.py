@@ -155,9 +155,11 @@ def test_run_batch(tmp_path):
     )
     assert answers.is_file(), run.stderr[-3000:]
     assert STARTED in run.stdout + run.stderr
-    found = {a["custom_id"]: a["response"] for a in map(json.loads, answers.read_text(encoding="utf-8").splitlines())}
-    assert [found[f"request-{i}"]["status_code"] for i in range(3)] == [200, 200, 400]
-    assert found["request-0"]["body"]["choices"][0]["message"]["content"]
+    found = {
+        answer["custom_id"]: answer for answer in map(json.loads, answers.read_text(encoding="utf-8").splitlines())
+    }
+    assert [found[f"request-{i}"]["response"]["status_code"] for i in range(3)] == [200, 200, 400]
+    assert found["request-0"]["response"]["body"]["choices"][0]["message"]["content"]
     assert "sirius='perhaps'" in json.dumps(found["request-2"])
 
 
