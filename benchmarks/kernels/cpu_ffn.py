@@ -4,9 +4,9 @@ Example:
     python benchmarks/kernels/cpu_ffn.py --tokens 1 4 8 16 --threads 1 2
 
 Every repeat runs all arms one after the other, each over all layers, so that a busy moment of the machine hits all of
-them and the weights of one layer have left the caches before they are read again. A layer is one sample, wall time or,
-with one thread, the thread's CPU time, which does not count the time others had the core. The table has the median and
-the fastest sample, which on a busy machine is closer to what the kernel can do.
+them and the weights of one layer have left the caches before they are read again. A layer is one sample of wall time. It
+counts only if the process had the cores it asked for meanwhile (its CPU time is at least 85 % of threads x wall time):
+two threads that share one core with another program look just like one thread. The table says how many samples counted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from vllm_sirius.ffn.kernels.cpu.memory import empty_rows
 
 Layers = list[torch.Tensor]
 
+FULL_CORES = 0.85
+"""Part of the asked-for CPU time that a sample must have had to count."""
+
 
 @dataclass
 class Arm:
@@ -35,13 +38,15 @@ class Arm:
         name: Shown in the table.
         run: Runs the FFN of a layer on an input ``[tokens, hidden]``.
         byte_share: Bytes of weights it reads, as part of the dense FFN's.
-        seconds: One sample per layer and repeat.
+        seconds: Samples that count.
+        num_samples: All samples, one per layer and repeat.
     """
 
     name: str
     run: Callable[[int, torch.Tensor], torch.Tensor]
     byte_share: float
     seconds: list[float] = field(default_factory=list)
+    num_samples: int = 0
 
     def quantile(self, part: float) -> float:
         """Seconds that `part` of the samples stay below."""
@@ -59,7 +64,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         inputs = torch.randn(tokens, arguments.hidden_size).bfloat16()
         arms = [Arm("dense", dense, 1.0), *reduced_arms(layers, inputs)]
-        measure(arms, inputs, len(layers), arguments.repeats, time.thread_time if threads == 1 else time.perf_counter)
+        measure(arms, inputs, len(layers), arguments.repeats, threads)
         show(arms, threads, tokens, layers[0].nbytes)
 
 
@@ -141,25 +146,30 @@ def united_density(rows: torch.Tensor, inputs: torch.Tensor) -> float:
     return kept.unique().numel() / rows.shape[0]
 
 
-def measure(arms: list[Arm], inputs: torch.Tensor, num_layers: int, repeats: int, clock: Callable[[], float]) -> None:
+def measure(arms: list[Arm], inputs: torch.Tensor, num_layers: int, repeats: int, threads: int) -> None:
     """Takes the samples, arms alternated."""
     for arm in arms:
         arm.run(0, inputs)
     for _ in range(repeats):
         for arm in arms:
             for layer in range(num_layers):
-                start = clock()
+                start, start_busy = time.perf_counter(), time.process_time()
                 arm.run(layer, inputs)
-                arm.seconds.append(clock() - start)
+                busy, seconds = time.process_time() - start_busy, time.perf_counter() - start
+                arm.num_samples += 1
+                if busy >= FULL_CORES * threads * seconds:
+                    arm.seconds.append(seconds)
 
 
 def show(arms: list[Arm], threads: int, tokens: int, dense_bytes: int) -> None:
     """Prints milliseconds, GB/s, and time relative to dense beside the share of its bytes."""
     print(f"\n{threads} thread(s), {tokens} token(s)")
-    print(
-        f"{'':12} | {'median ms':>9} {'GB/s':>6} {'of dense':>8} | {'fastest ms':>11} {'GB/s':>6} {'of dense':>8} | bytes"
-    )
+    half = f"{'GB/s':>6} {'of dense':>8} |"
+    print(f"{'':12} | {'median ms':>9} {half} {'fastest ms':>11} {half} bytes | samples")
     for arm in arms:
+        if not arm.seconds or not arms[0].seconds:
+            print(f"{arm.name:12} | {len(arm.seconds)} of {arm.num_samples} samples count: the machine is too busy")
+            continue
         cells = []
         for part in (0.5, 0.0):
             seconds = arm.quantile(part)
@@ -168,7 +178,7 @@ def show(arms: list[Arm], threads: int, tokens: int, dense_bytes: int) -> None:
         (median, speed, ratio), (best, best_speed, best_ratio) = cells
         print(
             f"{arm.name:12} | {median:9.2f} {speed:6.1f} {ratio:8.2f} | {best:11.2f} {best_speed:6.1f} {best_ratio:8.2f}"
-            f" | {arm.byte_share:.2f}"
+            f" | {arm.byte_share:5.2f} | {len(arm.seconds)} of {arm.num_samples}"
         )
 
 

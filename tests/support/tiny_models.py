@@ -4,7 +4,7 @@ Owns: the configs, their seeded weights, the tokenizer and the folder that `vllm
 `LLM(model=...)` reads. Everything is made locally, no network and no hub cache. Does not own
 any engine: the tests start vLLM themselves.
 
-Two lists split the catalogue. `GATED` holds decoders whose FFN is gated (SwiGLU or GeGLU), in
+Three lists split the catalogue. `GATED` holds decoders whose FFN is gated (SwiGLU or GeGLU), in
 every spelling of the child modules that vLLM uses; the plugin must serve them. `REFUSED` holds
 models that it must refuse, each with the reason in `TinyModel.refusal`. `MIXED` holds the cases
 between the two, whose treatment is the plugin's decision: sparse experts in some layers and a
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    import transformers
 
 __all__ = ["GATED", "MIXED", "REFUSED", "TINY_MODELS", "TinyModel", "build"]
 
@@ -70,7 +71,7 @@ class TinyModel:
     """One entry of the catalogue.
 
     Attributes:
-        name: Key in `TINY_MODELS` and name of the folder.
+        name: Key in `TINY_MODELS` and first part of the folder's name.
         config: Name of a transformers config class.
         options: Arguments of that class, laid over the common sizes.
         architecture: Name that vLLM resolves; empty keeps the one transformers writes.
@@ -513,7 +514,7 @@ def _write_model(tiny: TinyModel, folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in renamed.items()}, weights, {"format": "pt"})
 
 
-def _randomise(model: torch.nn.Module) -> None:
+def _randomise(model: transformers.PreTrainedModel) -> None:
     """Draws weights under which the next token depends on every layer and on the FFN.
 
     A usual initialisation (std 0.02) gives nearly equal logits, and one token for ever. Here a
