@@ -37,7 +37,7 @@ def draft_report(llm: Any) -> dict[str, Any]:
         "row_bytes": drafter.ffns.row_bytes,
         "requests": len(drafter._requests),
         "free_slots": len(drafter.statistics._free) if drafter.statistics is not None else None,
-        "num_slots": drafter.statistics.energy.shape[0] if drafter.statistics is not None else None,
+        "num_slots": drafter.statistics.num_slots if drafter.statistics is not None else None,
         "draft_calls": drafter.ffns.num_draft_calls,
     }
 

@@ -13,7 +13,8 @@ from vllm_sirius.ffn.locate import locate_gated_ffns
 from vllm_sirius.ffn.self_test import assert_draft_is_reduced, rows_reproduce_ffns
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.sparsity.coarse import CoarseSelection
-from vllm_sirius.sparsity.statistics import NeuronStatistics, ObservedRows
+from vllm_sirius.sparsity.observation import ObservedRows
+from vllm_sirius.sparsity.statistics import NeuronStatistics
 
 CPU = torch.device("cpu")
 HIDDEN, NEURONS, LAYERS = 12, 20, 3
@@ -173,7 +174,7 @@ def test_native_and_masked_fine_drafts_agree(activation):
     with ffns.draft_mode():
         masked = model(x)
     assert ffns.num_draft_calls == calls + LAYERS
-    torch.testing.assert_close(native, masked, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(native, masked, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(masked, model(x), rtol=1e-2)
 
 

@@ -7,13 +7,8 @@ import torch
 
 from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
 from vllm_sirius.sparsity.fine import fine_mask
-from vllm_sirius.sparsity.statistics import (
-    PRIOR_DECAY,
-    PRIOR_TOKENS,
-    REFRESH_DECAY,
-    NeuronStatistics,
-    ObservedRows,
-)
+from vllm_sirius.sparsity.observation import IGNORED, ObservationPlan, ObservedRows
+from vllm_sirius.sparsity.statistics import PRIOR_DECAY, PRIOR_TOKENS, REFRESH_DECAY, NeuronStatistics
 
 CPU = torch.device("cpu")
 
@@ -26,6 +21,14 @@ def prefill(statistics, slot, activation, start=0, layer=0):
     statistics.begin_step([ObservedRows(slot, start, len(activation), pending=False)])
     statistics.observe(layer, activation)
     statistics.end_step()
+
+
+def commit(statistics, emitted):
+    statistics.commit(torch.tensor(list(emitted)), torch.tensor(list(emitted.values())))
+
+
+def scores(statistics, *slots):
+    return statistics.scores(torch.tensor(slots, dtype=torch.int64))
 
 
 def test_prompt_statistic_is_the_square_of_griffins():
@@ -56,7 +59,7 @@ def test_recent_prompt_tokens_weigh_more_where_the_set_is_refreshed():
         prefill(statistics, slot, chunk)
     expected = torch.tensor([REFRESH_DECAY**2, REFRESH_DECAY, 1.0])
     torch.testing.assert_close(statistics.energy[slot], expected)
-    torch.testing.assert_close(statistics.scores([slot]), expected / expected.sum())
+    torch.testing.assert_close(scores(statistics, slot), expected / expected.sum())
 
 
 def test_rows_of_other_requests_and_padding_leave_no_trace():
@@ -80,10 +83,10 @@ def test_a_correction_pass_counts_its_accepted_rows_with_decay():
     statistics.observe(0, torch.eye(3)[[1, 1, 0, 1, 2]])
     statistics.end_step()
     assert statistics.energy[slot].tolist() == [1, 0, 0]  # nothing counts before the verdict
-    statistics.commit(slot, num_emitted=2)
+    commit(statistics, {slot: 2})
     expected = [0.25 + 0.5, 1.0, 0.0]  # prompt faded by two tokens, rows 2 (neuron 0) and 3 (neuron 1)
     torch.testing.assert_close(statistics.energy[slot], torch.tensor(expected))
-    statistics.commit(slot, num_emitted=2)  # a second verdict on the same pass has nothing to add
+    commit(statistics, {slot: 2})  # a second verdict on the same pass has nothing to add
     torch.testing.assert_close(statistics.energy[slot], torch.tensor(expected))
 
 
@@ -101,7 +104,7 @@ def test_long_prompts_do_not_drown_short_ones():
     long, short = statistics.acquire(), statistics.acquire()
     prefill(statistics, long, torch.eye(3)[[0] * 100])
     prefill(statistics, short, torch.eye(3)[[1]])
-    torch.testing.assert_close(statistics.scores([long, short]), torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(scores(statistics, long, short), torch.tensor([1.0, 1.0, 0.0]))
 
 
 def test_a_cached_prompt_starts_from_what_other_prompts_taught():
@@ -113,13 +116,13 @@ def test_a_cached_prompt_starts_from_what_other_prompts_taught():
     torch.testing.assert_close(statistics.prior, expected)
     cached = statistics.acquire(cached_tokens=1000)
     torch.testing.assert_close(statistics.energy[cached], expected * PRIOR_TOKENS)
-    torch.testing.assert_close(statistics.scores([cached]), expected)
+    torch.testing.assert_close(scores(statistics, cached), expected)
 
 
 def test_without_any_knowledge_the_prior_decides():
     statistics = table()
-    assert torch.equal(statistics.scores([]), statistics.prior)
-    assert torch.equal(statistics.scores([statistics.acquire()]), statistics.prior)
+    assert torch.equal(scores(statistics), statistics.prior)
+    assert torch.equal(scores(statistics, statistics.acquire()), statistics.prior)
 
 
 def test_slots_are_bounded_reused_and_clean():
@@ -138,10 +141,34 @@ def test_more_correction_rows_than_the_table_holds_skip_a_refresh():
     first, second = statistics.acquire(), statistics.acquire()
     statistics.begin_step([ObservedRows(first, 0, 3, True), ObservedRows(second, 3, 3, True)])
     statistics.observe(0, torch.eye(3)[[0, 0, 0, 1, 1, 1]])
-    statistics.commit(first, 3)
-    statistics.commit(second, 3)
+    commit(statistics, {first: 3, second: 3})
     assert statistics.energy[first].count_nonzero() == 1
     assert statistics.energy[second].count_nonzero() == 0
+
+
+def test_ragged_verdicts_on_one_pass_and_rows_without_a_request():
+    statistics = table(slots=3, decay=0.5)
+    first, second = statistics.acquire(), statistics.acquire()
+    statistics.begin_step([ObservedRows(first, 0, 2, True), ObservedRows(second, 2, 3, True)])
+    statistics.observe(0, torch.eye(3)[[0, 1, 2, 2, 0]])
+    statistics.commit(torch.tensor([second, statistics.nobody, first]), torch.tensor([3, 5, 1]))
+    torch.testing.assert_close(statistics.energy[first], torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(statistics.energy[second], torch.tensor([1.0, 0.0, 0.75]))
+    assert statistics.tables[statistics.nobody].count_nonzero() == 0
+    nobody = statistics.nobody
+    torch.testing.assert_close(scores(statistics, first, nobody), torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_the_plan_on_the_device_forgets_the_rows_of_the_last_pass():
+    plan = ObservationPlan(8, CPU)
+    plan.set([(ObservedRows(1, 1, 2, False), torch.tensor([0.5, 1.0]))], [ObservedRows(0, 4, 2, True)])
+    assert plan.num_rows == 6
+    assert plan.token_slot.tolist() == [IGNORED, 1, 1, *[IGNORED] * 5]
+    assert plan.token_weight.tolist() == [0, 0.5, 1, 0, 0, 0, 0, 0]
+    assert plan.token_pending.tolist() == [*[IGNORED] * 4, 0, 1, IGNORED, IGNORED]
+    plan.set([(ObservedRows(2, 0, 1, False), torch.tensor([1.0]))], [])
+    assert plan.token_slot.tolist() == [2, *[IGNORED] * 7]
+    assert plan.token_pending.tolist() == [IGNORED] * 8
 
 
 def test_zero_activation_is_harmless():
@@ -149,7 +176,7 @@ def test_zero_activation_is_harmless():
     slot = statistics.acquire()
     prefill(statistics, slot, torch.zeros(2, 3))
     assert torch.isfinite(statistics.energy).all()
-    assert torch.isfinite(statistics.scores([slot])).all()
+    assert torch.isfinite(scores(statistics, slot)).all()
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 5, 1)])
@@ -175,5 +202,5 @@ def test_fine_mask_keeps_each_tokens_largest_gates():
 
 def test_memory_is_what_the_tables_hold():
     statistics = NeuronStatistics((10, 10), 4, 8, CPU)
-    assert statistics.num_bytes == 4 * 20 * 4 + 20 * 4 + 8 * 20 * 2
-    assert math.isfinite(statistics.scores([]).sum())
+    assert statistics.num_bytes == (4 + 1) * 20 * 4 + 20 * 4 + 8 * 20 * 2
+    assert math.isfinite(scores(statistics).sum())

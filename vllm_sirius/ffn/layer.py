@@ -148,7 +148,7 @@ class SwitchedActivation(nn.Module):
         self._num_neurons = ffn.num_neurons
         self._gate_function = ffn.activation.function if ffn.activation is not None else None
         self._gate_first = ffn.gate_first
-        self._energy = owner.statistics.energy if owner.statistics is not None else None
+        self._energy = owner.statistics.tables if owner.statistics is not None else None
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Runs the activation in the mode of the owner."""

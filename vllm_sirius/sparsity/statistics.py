@@ -4,15 +4,17 @@ For a token with FFN activation ``z`` (``act(gate) * up``, before the down proje
 ``(z / ||z||)**2`` to the row of the token's request, after the row has faded by a decay. Without decay the sum over a
 prompt is the square of GRIFFIN's ``s`` (arXiv 2404.01365), which has the same order.
 
-All tables are allocated once. A request owns one *slot*, a row of the tables, from its first token to its end.
+All tables are allocated once. A request owns one *slot*, a row of the tables, from its first token to its end. What
+depends on the verdict of the target (`commit`, `scores`) takes and keeps tensors, so it never waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
+
+from vllm_sirius.sparsity.observation import ObservationPlan, ObservedRows
 
 REFRESH_DECAY = 0.97
 """Factor per token by which older activations fade where the set is refreshed: a memory of about 33 tokens."""
@@ -23,28 +25,20 @@ PRIOR_DECAY = 0.9
 PRIOR_TOKENS = 16.0
 """Most tokens of weight that the prior lends a request whose prompt came from the prefix cache."""
 
-
-@dataclass(frozen=True)
-class ObservedRows:
-    """A run of neighbouring rows of one forward pass that belong to one request.
-
-    Attributes:
-        slot: The request's row in the tables.
-        start: First row in the flattened batch.
-        count: Number of rows.
-        pending: Rows of a correction pass, whose tokens count only once they are accepted.
-    """
-
-    slot: int
-    start: int
-    count: int
-    pending: bool
+ObserveKernel = Callable[..., None]
+"""Device kernel of `NeuronStatistics.observe`: (activation, token_slot, token_weight, token_pending, energy, pending,
+offset); the twin is `NeuronStatistics._observe_on_host`."""
 
 
 class NeuronStatistics:
     """Per-request activation energy of every FFN neuron of the model.
 
-    Neurons of all layers lie one after the other in the last dimension; `layer_view` cuts one layer out.
+    Neurons of all layers lie one after the other in the last dimension.
+
+    Attributes:
+        tables: Energy of every slot, ``float32 [num_slots + 1, neurons]``; the last row takes what belongs to nobody.
+        weight: Tokens' weight that each slot holds, ``float32 [num_slots + 1]``; the last stays 0.
+        prior: What all prompts had in common, ``float32 [neurons]``.
 
     Args:
         layer_sizes: Neurons per FFN layer on this rank.
@@ -53,6 +47,8 @@ class NeuronStatistics:
             skip one refresh.
         device: Where the tables live.
         decay: Factor per token by which older activations fade; 1 weighs all tokens alike, as GRIFFIN does.
+        max_tokens: Most tokens of a forward pass, where `kernel` reads the plan on the device.
+        kernel: Observes on the device, safe in captured graphs; without one PyTorch does, which is not.
     """
 
     def __init__(
@@ -62,32 +58,47 @@ class NeuronStatistics:
         max_pending_rows: int,
         device: torch.device,
         decay: float = REFRESH_DECAY,
+        max_tokens: int = 0,
+        kernel: ObserveKernel | None = None,
     ) -> None:
         self.decay = decay
         self.layer_sizes = tuple(layer_sizes)
         self.offsets = [sum(self.layer_sizes[:i]) for i in range(len(self.layer_sizes))]
+        self.num_slots = num_slots
         total = sum(self.layer_sizes)
-        self.energy = torch.zeros(num_slots, total, device=device)
+        self.tables = torch.zeros(num_slots + 1, total, device=device)
+        self.weight = torch.zeros(num_slots + 1, device=device)
         self.prior = torch.ones(total, device=device)
-        self._pending = torch.zeros(max_pending_rows, total, dtype=torch.bfloat16, device=device)
-        self._weight = [0.0] * num_slots
-        self._free = list(range(num_slots - 1, -1, -1))
-        self._pending_start: dict[int, tuple[int, int]] = {}
-        self._direct_slots: list[int] = []
-        self._direct: torch.Tensor | None = None
-        self._pending_rows: torch.Tensor | None = None
         for offset, size in zip(self.offsets, self.layer_sizes, strict=True):
             self.prior[offset : offset + size] /= size
+        self._pending = torch.zeros(max_pending_rows, total, dtype=torch.bfloat16, device=device)
+        # First row and number of rows of each slot in the pending table.
+        self._pending_place = torch.zeros(2, num_slots + 1, dtype=torch.int64, device=device)
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._plan = ObservationPlan(max_tokens if kernel is not None else 0, device)
+        self._kernel = kernel
+        self._num_pending = 0
+        self._observing = False
+
+    @property
+    def energy(self) -> torch.Tensor:
+        """Energy of every slot, ``float32 [num_slots, neurons]``."""
+        return self.tables[: self.num_slots]
+
+    @property
+    def nobody(self) -> int:
+        """The slot that stands for no request in `commit` and `scores`."""
+        return self.num_slots
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tables."""
-        return sum(table.numel() * table.element_size() for table in (self.energy, self.prior, self._pending))
+        return sum(table.numel() * table.element_size() for table in (self.tables, self.prior, self._pending))
 
     @property
     def observing(self) -> bool:
-        """Whether the next forward pass has rows to observe."""
-        return self._direct is not None or self._pending_rows is not None
+        """Whether a forward pass must show its activations: always with a kernel, whose launches graphs record."""
+        return self._kernel is not None or self._observing
 
     def acquire(self, cached_tokens: int = 0) -> int | None:
         """Gives a new request a slot, empty or lent the model-wide prior.
@@ -107,14 +118,13 @@ class NeuronStatistics:
     def reset(self, slot: int, cached_tokens: int = 0) -> None:
         """Starts a slot afresh, for a new request or one that was preempted. Arguments as in `acquire`."""
         weight = min(float(cached_tokens), PRIOR_TOKENS)
-        torch.mul(self.prior, weight, out=self.energy[slot])
-        self._weight[slot] = weight
-        self._pending_start.pop(slot, None)
+        torch.mul(self.prior, weight, out=self.tables[slot])
+        self.weight[slot] = weight
+        self._pending_place[1, slot] = 0
 
     def release(self, slot: int) -> None:
         """Returns a finished request's slot."""
         assert slot not in self._free
-        self._pending_start.pop(slot, None)
         self._free.append(slot)
 
     def begin_step(self, runs: Sequence[ObservedRows]) -> None:
@@ -123,25 +133,28 @@ class NeuronStatistics:
         Args:
             runs: Rows to observe; rows in no run are ignored (padding, requests without Sirius).
         """
-        self._pending_start.clear()
-        direct = [run for run in runs if not run.pending]
-        waiting: list[int] = []
+        direct = []
+        waiting: list[ObservedRows] = []
+        places: list[tuple[int, int, int]] = []
+        num_waiting = 0
         for run in runs:
-            if run.pending and len(waiting) + run.count <= self._pending.shape[0]:
-                self._pending_start[run.slot] = (len(waiting), run.count)
-                waiting.extend(range(run.start, run.start + run.count))
-        device = self.energy.device
-        self._pending_rows = torch.tensor(waiting, device=device) if waiting else None
-        self._direct, self._direct_slots = None, [run.slot for run in direct]
-        if direct:
-            end = max(run.start + run.count for run in direct)
-            self._direct = torch.zeros(len(direct), end, device=device)
-            for row, run in enumerate(direct):
-                self._direct[row, run.start : run.start + run.count] = self._fade(run.slot, run.count)
+            if not run.pending:
+                direct.append((run, self._fade(run.slot, run.count)))
+            elif num_waiting + run.count <= self._pending.shape[0]:
+                places.append((run.slot, num_waiting, run.count))
+                waiting.append(run)
+                num_waiting += run.count
+        self._pending_place[1].zero_()
+        if places:
+            slots, *rest = _to_device(torch.tensor(places).t().contiguous(), self.tables.device)
+            self._pending_place[:, slots] = torch.stack(rest)
+        self._plan.set(direct, waiting)
+        self._num_pending = num_waiting
+        self._observing = bool(runs)
 
     def end_step(self) -> None:
-        """Stops observing: forward passes until the next `begin_step` leave no trace."""
-        self._direct = self._pending_rows = None
+        """Stops observing on the host. With a kernel, a pass that must leave no trace begins a step without rows."""
+        self._observing = False
 
     def observe(self, layer: int, activation: torch.Tensor) -> None:
         """Adds one layer's activations of the current forward pass.
@@ -151,59 +164,95 @@ class NeuronStatistics:
             activation: ``act(gate) * up``, ``[..., num_tokens, neurons]``; rows beyond the announced ones are ignored.
         """
         activation = activation.view(-1, activation.shape[-1])
-        view = slice(self.offsets[layer], self.offsets[layer] + self.layer_sizes[layer])
-        if self._direct is not None:
-            energy = _token_energy(activation[: self._direct.shape[1]])
-            slots = torch.tensor(self._direct_slots, device=energy.device)
-            self.energy[:, view].index_add_(0, slots, self._direct @ energy)
-        if self._pending_rows is not None:
-            energy = _token_energy(activation[self._pending_rows])
-            self._pending[: energy.shape[0], view] = energy
+        if self._kernel is None:
+            if self._observing:
+                self._observe_on_host(layer, activation)
+            return
+        num_tokens = activation.shape[0]
+        plan = self._plan
+        self._kernel(
+            activation,
+            plan.token_slot[:num_tokens],
+            plan.token_weight[:num_tokens],
+            plan.token_pending[:num_tokens],
+            self.tables,
+            self._pending,
+            self.offsets[layer],
+        )
 
-    def commit(self, slot: int, num_emitted: int) -> None:
-        """Counts the rows of a correction pass that turned out to be part of the text.
+    def _observe_on_host(self, layer: int, activation: torch.Tensor) -> None:
+        view = slice(self.offsets[layer], self.offsets[layer] + self.layer_sizes[layer])
+        plan = self._plan
+        for run, weights in plan.direct:
+            energy = token_energy(activation[run.start : run.start + run.count])
+            self.tables[run.slot, view] += weights @ energy
+        if plan.pending_rows:
+            self._pending[: len(plan.pending_rows), view] = token_energy(activation[plan.pending_rows])
+
+    def commit(self, slots: torch.Tensor, num_emitted: torch.Tensor) -> None:
+        """Counts the rows of the last correction pass that turned out to be part of the text.
 
         Args:
-            slot: The request.
-            num_emitted: Tokens the pass emitted: its first ``num_emitted`` rows are the text, the rest was rejected.
+            slots: The requests, ``int64 [n]``, each at most once; `nobody` for rows without one.
+            num_emitted: Tokens the pass emitted for each, ``int [n]``: its first ``num_emitted`` rows are the text, the
+                rest was rejected. Requests without pending rows are left as they are.
         """
-        start, count = self._pending_start.pop(slot, (0, 0))
-        kept = min(num_emitted, count)
-        if kept == 0:
+        num_rows = self._num_pending
+        if num_rows == 0:
             return
-        weights = self._fade(slot, kept)
-        self.energy[slot].add_(weights @ self._pending[start : start + kept].float())
+        first, count = self._pending_place[:, slots]
+        kept = torch.minimum(num_emitted.to(count.dtype), count).unsqueeze(1)
+        place = torch.arange(num_rows, device=slots.device) - first.unsqueeze(1)
+        counted = (place >= 0) & (place < kept)
+        weights = torch.where(counted, self.decay ** (kept - 1 - place).clamp_min(0).float(), 0.0)
+        fade = self.decay ** kept.float()
+        pending = self._pending[:num_rows]
+        if pending.device.type == "cpu":
+            added = weights @ pending.float()
+        else:
+            added = (weights.to(pending.dtype) @ pending).float()  # a copy in fp32 would double the largest table
+        self.tables.index_copy_(0, slots, self.tables[slots] * fade + added)
+        self.weight.index_copy_(0, slots, self.weight[slots] * fade.squeeze(1) + weights.sum(dim=1))
+        self._pending_place[1].index_fill_(0, slots, 0)
 
     def _fade(self, slot: int, count: int) -> torch.Tensor:
         """Makes room for `count` new tokens in a slot: fades what is there, returns the weights of the new ones."""
-        weights = self.decay ** torch.arange(count - 1, -1, -1, device=self.energy.device, dtype=torch.float32)
-        self.energy[slot].mul_(self.decay**count)
-        self._weight[slot] = self._weight[slot] * self.decay**count + float(weights.sum())
+        weights = self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32)
+        self.tables[slot].mul_(self.decay**count)
+        self.weight[slot].mul_(self.decay**count).add_(float(weights.sum()))
         return weights
 
     def learn_prior(self, slot: int) -> None:
         """Moves the model-wide prior towards a request whose prompt is complete."""
-        self.prior.mul_(PRIOR_DECAY).add_(self._normalised(slot), alpha=1.0 - PRIOR_DECAY)
+        known = self.tables[slot] / self.weight[slot].clamp_min(1e-6)
+        self.prior.mul_(PRIOR_DECAY).add_(known, alpha=1.0 - PRIOR_DECAY)
 
-    def scores(self, slots: Sequence[int]) -> torch.Tensor:
+    def scores(self, slots: torch.Tensor) -> torch.Tensor:
         """Sums the requests' statistics, each normalised to the same total, so that no long prompt drowns the others.
 
         Args:
-            slots: The running requests; an empty sequence gives the prior.
+            slots: The running requests, ``int64 [n]``; `nobody` for rows without one.
 
         Returns:
-            ``float32 [neurons of all layers]``.
+            ``float32 [neurons of all layers]``; the prior if nothing is known of any of them.
         """
-        known = [slot for slot in slots if self._weight[slot] > 0.0]
-        if not known:
-            return self.prior.clone()
-        weights = torch.tensor([1.0 / self._weight[slot] for slot in known], device=self.energy.device)
-        return weights @ self.energy[known]
-
-    def _normalised(self, slot: int) -> torch.Tensor:
-        return self.energy[slot] / max(self._weight[slot], 1e-6)
+        weight = self.weight[slots]
+        inverse = torch.where(weight > 0.0, 1.0 / weight.clamp_min(1e-30), 0.0)
+        return torch.where((weight > 0.0).any(), inverse @ self.tables[slots], self.prior)
 
 
-def _token_energy(activation: torch.Tensor) -> torch.Tensor:
+def token_energy(activation: torch.Tensor) -> torch.Tensor:
+    """Share of each neuron in a token's activation energy.
+
+    Args:
+        activation: ``[num_tokens, neurons]``.
+
+    Returns:
+        ``z**2 / ||z||**2``, ``float32 [num_tokens, neurons]``; zeros for a token without any.
+    """
     energy = activation.float().square()
     return energy / energy.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

@@ -15,7 +15,8 @@ from vllm_sirius.integration.model_shape import ModelShape
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.sparsity.coarse import CoarseSelection
-from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObservedRows
+from vllm_sirius.sparsity.observation import ObservedRows
+from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics
 
 logger = init_logger("vllm.sirius")
 
@@ -157,6 +158,7 @@ class SiriusProposer:
         """
         if self.statistics is not None:
             self.statistics.end_step()
+            self._count_accepted(req_ids, sampled_token_ids)
         to_draft = []
         for row, (req_id, emitted) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
             request = self._requests[req_id]
@@ -182,8 +184,13 @@ class SiriusProposer:
             return
         if first:
             self.statistics.learn_prior(request.slot)
-        elif self.config.refresh:
-            self.statistics.commit(request.slot, num_emitted)
+
+    def _count_accepted(self, req_ids: list[str], sampled_token_ids: list[list[int]]) -> None:
+        """Lets the accepted rows of the correction pass into the statistics."""
+        assert self.statistics is not None
+        slots = [self._requests[req_id].slot for req_id in req_ids]
+        rows = [self.statistics.nobody if slot is None else slot for slot in slots]
+        self.statistics.commit(torch.tensor(rows), torch.tensor([len(emitted) for emitted in sampled_token_ids]))
 
     def _draft_request(
         self, row: int, request: SiriusRequest, last_token_id: int, num_tokens: int, num_spec_tokens: int
@@ -201,7 +208,7 @@ class SiriusProposer:
     def _scores(self, req_ids: list[str]) -> torch.Tensor:
         assert self.statistics is not None
         slots = [slot for req_id in req_ids if (slot := self._requests[req_id].slot) is not None]
-        scores = self.statistics.scores(slots)
+        scores = self.statistics.scores(torch.tensor(slots, dtype=torch.int64))
         return scores.mul_(self._neuron_norms) if self.config.refresh else scores
 
     def _admit(self, req_id: str, state: Any) -> None:
