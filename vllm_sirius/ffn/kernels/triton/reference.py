@@ -1,0 +1,67 @@
+"""Plain PyTorch twins of the kernels in this package: what every kernel must compute.
+
+Selection, rounding and ties are those of `vllm_sirius.ffn.kernels.reference`; here the weights lie as the target keeps
+them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sirius.ffn.activation import Activation
+from vllm_sirius.ffn.kernels import reference
+from vllm_sirius.ffn.weights import neuron_rows
+
+
+def coarse_ffn(
+    inputs: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_rows: torch.Tensor,
+    indices: torch.Tensor,
+    activation: Activation | str,
+    gate_first: bool = True,
+) -> torch.Tensor:
+    """Twin of `kernels.coarse_ffn`; arguments as there."""
+    rows = neuron_rows(gate_up, down_rows.t(), gate_first)
+    return reference.coarse_ffn(inputs, rows, indices, activation)
+
+
+def fine_ffn(
+    inputs: torch.Tensor,
+    gate_up: torch.Tensor,
+    down_rows: torch.Tensor,
+    num_kept: int,
+    activation: Activation | str,
+    gate_first: bool = True,
+) -> torch.Tensor:
+    """Twin of `kernels.fine_ffn`; arguments as there."""
+    rows = neuron_rows(gate_up, down_rows.t(), gate_first)
+    return reference.fine_ffn(inputs, rows, num_kept, activation)
+
+
+def observe_ffn(
+    activation: torch.Tensor,
+    token_slot: torch.Tensor,
+    token_weight: torch.Tensor,
+    pending_row: torch.Tensor,
+    energy: torch.Tensor,
+    pending: torch.Tensor,
+    offset: int,
+) -> None:
+    """Twin of `statistics.observe_ffn`; arguments as there. Never waits for the device."""
+    square = activation.float().square()
+    share = square / square.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    neurons = slice(offset, offset + activation.shape[1])
+    # Tokens without a slot or row go to one more row, which is dropped.
+    for table, row, values in (
+        (energy, token_slot, share * token_weight.unsqueeze(1)),
+        (pending, pending_row, None),
+    ):
+        target = torch.where(row >= 0, row, table.shape[0]).long()
+        view = table[:, neurons]
+        extended = torch.cat([view, view.new_zeros(1, view.shape[1])])
+        if values is not None:
+            extended.index_add_(0, target, values)
+        else:
+            extended.index_copy_(0, target, share.to(table.dtype))
+        view.copy_(extended[:-1])
