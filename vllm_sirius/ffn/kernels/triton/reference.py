@@ -52,16 +52,10 @@ def observe_ffn(
     square = activation.float().square()
     share = square / square.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     neurons = slice(offset, offset + activation.shape[1])
-    # Tokens without a slot or row go to one more row, which is dropped.
-    for table, row, values in (
-        (energy, token_slot, share * token_weight.unsqueeze(1)),
-        (pending, pending_row, None),
-    ):
-        target = torch.where(row >= 0, row, table.shape[0]).long()
-        view = table[:, neurons]
-        extended = torch.cat([view, view.new_zeros(1, view.shape[1])])
-        if values is not None:
-            extended.index_add_(0, target, values)
-        else:
-            extended.index_copy_(0, target, share.to(table.dtype))
-        view.copy_(extended[:-1])
+    added = torch.where((token_slot >= 0).unsqueeze(1), share * token_weight.unsqueeze(1), 0.0)
+    energy[:, neurons].index_add_(0, token_slot.clamp_min(0).long(), added)
+    # Tokens without a row go to one more row, which is dropped.
+    row = torch.where(pending_row >= 0, pending_row, pending.shape[0]).long()
+    view = pending[:, neurons]
+    extended = torch.cat([view, view.new_zeros(1, view.shape[1])])
+    view.copy_(extended.index_copy_(0, row, share.to(pending.dtype))[:-1])
