@@ -33,8 +33,8 @@ def draft_report(llm: Any) -> dict[str, Any]:
     return {
         "ffns": [ffn.name for ffn in drafter.ffns.ffns],
         "neurons": [ffn.num_neurons for ffn in drafter.ffns.ffns],
-        "native": drafter.ffns.rows is not None,
-        "row_bytes": drafter.ffns.row_bytes,
+        "native": drafter.ffns.backend is not None,
+        "row_bytes": drafter.ffns.backend.num_bytes if drafter.ffns.backend is not None else 0,
         "requests": len(drafter._requests),
         "free_slots": len(drafter.statistics._free) if drafter.statistics is not None else None,
         "num_slots": drafter.statistics.num_slots if drafter.statistics is not None else None,
@@ -175,6 +175,7 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         """The config with some attributes (``section.name`` or ``name``) replaced."""
         sections = {}
         plain = {"use_v2_model_runner": config.use_v2_model_runner, "lora_config": None, "kv_transfer_config": None}
+        plain |= {"offload_config": config.offload_config, "watermark_config": None}
         for section in ("model_config", "parallel_config", "cache_config"):
             sections[section] = copy.copy(getattr(config, section))
         for name, value in changes.items():
@@ -194,8 +195,11 @@ def fire_every_rule(model: str) -> dict[str, Any]:
             return str(error)
         return None
 
+    def with_offload(backend: str = "auto", group: int = 0, gigabytes: float = 0.0) -> Any:
+        prefetch, uva = SimpleNamespace(offload_group_size=group), SimpleNamespace(cpu_offload_gb=gigabytes)
+        return SimpleNamespace(offload_backend=backend, prefetch=prefetch, uva=uva)
+
     fired = {
-        "v2": verdict(use_v2_model_runner=True),
         "runner": verdict(model_config__runner_type="pooling"),
         "encoder": verdict(model_config__is_encoder_decoder=True),
         "recurrent": verdict(model_config__has_inner_state=True),
@@ -208,11 +212,22 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         "connector": verdict(kv_transfer_config=SimpleNamespace(kv_connector="X")),
         "fast prefill": verdict(cache_config__kv_sharing_fast_prefill=True),
         "worker": verdict(parallel_config__worker_cls="other.Worker"),
+        "prefetch": verdict(offload_config=with_offload(group=4)),
+        "watermark": verdict(watermark_config=object()),
+        "eplb": verdict(parallel_config__enable_eplb=True),
     }
-    platform = engine_support.current_platform
-    engine_support.current_platform = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
+    platform, uva = engine_support.current_platform, engine_support.is_uva_available
+    gpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda")
+    other = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
     try:
+        engine_support.current_platform = other
         fired["platform"] = verdict()
+        engine_support.current_platform = gpu
+        fired["v1 on a gpu"] = verdict(use_v2_model_runner=False)
+        engine_support.is_uva_available = lambda: False
+        fired["offload without uva"] = verdict(use_v2_model_runner=True, offload_config=with_offload(gigabytes=1.0))
+        good_gpu = verdict(use_v2_model_runner=True)
     finally:
-        engine_support.current_platform = platform
+        engine_support.current_platform, engine_support.is_uva_available = platform, uva
+    assert good_gpu is None, good_gpu
     return {"good": verdict(), "fired": fired, "num_rules": len(engine_support.RULES)}

@@ -7,10 +7,11 @@ from torch import nn
 
 from vllm_sirius.errors import SiriusIntegrationError, SiriusUnsupportedError
 from vllm_sirius.ffn.activation import Activation
+from vllm_sirius.ffn.backends import CPURowsBackend
 from vllm_sirius.ffn.kernels.native import SWITCH, choose_kernels
-from vllm_sirius.ffn.layer import MAX_NATIVE_TOKENS, ReducedFFNs
+from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.locate import locate_gated_ffns
-from vllm_sirius.ffn.self_test import assert_draft_is_reduced, rows_reproduce_ffns
+from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.observation import ObservedRows
@@ -98,7 +99,7 @@ def reduced(model, density=0.5, fine=False, native=True):
         selection = CoarseSelection(sizes, density, torch.float32, CPU)
         selection.select(torch.rand(sum(sizes)))
         statistics = NeuronStatistics(sizes, 2, 8, CPU, decay=1.0)
-    found = ReducedFFNs(ffns, density, selection, statistics, rows_of(ffns) if native else None)
+    found = ReducedFFNs(ffns, density, selection, statistics, CPURowsBackend(ffns, rows_of(ffns)) if native else None)
     found.install()
     return found
 
@@ -170,7 +171,7 @@ def test_native_and_masked_fine_drafts_agree(activation):
     with ffns.draft_mode():
         native = model(x)
     calls = ffns.num_draft_calls
-    ffns.drop_rows()
+    ffns.drop_backend()
     with ffns.draft_mode():
         masked = model(x)
     assert ffns.num_draft_calls == calls + LAYERS
@@ -181,7 +182,7 @@ def test_native_and_masked_fine_drafts_agree(activation):
 def test_large_batches_take_the_masked_way():
     model = Model()
     ffns = reduced(model)
-    x = torch.randn(MAX_NATIVE_TOKENS + 1, HIDDEN)
+    x = torch.randn(CPURowsBackend.max_tokens + 1, HIDDEN)
     with ffns.draft_mode():
         together = model(x)
         apart = torch.cat([model(part) for part in x.split(4)])
@@ -205,7 +206,9 @@ def test_self_test_passes_a_reduced_draft_and_its_density_of_one():
     for density in (0.5, 1.0):
         model = Model()
         ffns = reduced(model, density=density)
-        difference = assert_draft_is_reduced(ffns, lambda model=model: model(torch.randn(1, HIDDEN)), torch.float32)
+        difference = assert_draft_is_reduced(
+            ffns, lambda model=model: model(torch.randn(1, HIDDEN)), torch.float32, CPU
+        )
         assert (difference > 0.05) == (density < 1.0)
 
 
@@ -214,19 +217,19 @@ def test_self_test_notices_an_ffn_that_lost_its_switch():
     ffns = reduced(model, native=False)
     model.layers[1].act_fn = SiluAndMul()
     with pytest.raises(SiriusIntegrationError, match=r"'layers\.1' drafts with all its neurons"):
-        assert_draft_is_reduced(ffns, lambda: model(torch.randn(1, HIDDEN)), torch.float32)
+        assert_draft_is_reduced(ffns, lambda: model(torch.randn(1, HIDDEN)), torch.float32, CPU)
 
 
 def test_self_test_notices_a_model_that_does_not_run_the_switched_modules():
     model = Model()
     ffns = reduced(model, native=False)
     with pytest.raises(SiriusIntegrationError, match="ran 0 of 3 FFNs reduced"):
-        assert_draft_is_reduced(ffns, lambda: None, torch.float32)
+        assert_draft_is_reduced(ffns, lambda: None, torch.float32, CPU)
 
 
 def test_rows_do_not_stand_in_for_an_ffn_that_computes_more():
-    assert rows_reproduce_ffns(reduced(Model()), torch.float32)
-    assert not rows_reproduce_ffns(reduced(Model(scale=1.2)), torch.float32)
+    assert backend_reproduces_ffns(reduced(Model()), torch.float32, CPU)
+    assert not backend_reproduces_ffns(reduced(Model(scale=1.2)), torch.float32, CPU)
 
 
 def test_kernels_can_be_switched_off_and_say_why(monkeypatch):

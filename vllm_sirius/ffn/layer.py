@@ -19,14 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn
+from vllm_sirius.ffn.backends import Backend
 from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
 from vllm_sirius.sparsity.fine import fine_mask
 from vllm_sirius.sparsity.statistics import NeuronStatistics
-
-MAX_NATIVE_TOKENS = 16
-"""Largest batch for the native kernels; beyond it the packed dense projections of vLLM are faster."""
 
 _OBSERVERS: list[NeuronStatistics] = []
 
@@ -55,7 +52,7 @@ class ReducedFFNs:
         density: Part of the neurons the draft keeps.
         selection: The coarse selection, or ``None`` for fine sparsity.
         statistics: What coarse selection learns from, or ``None`` for fine sparsity.
-        rows: Neuron-major weights of each FFN (`weights.neuron_rows`) for the native way, or ``None`` for the masked one.
+        backend: Kernels for the native way, or ``None`` for the masked one.
 
     Attributes:
         drafting: The mode.
@@ -68,20 +65,21 @@ class ReducedFFNs:
         density: float,
         selection: CoarseSelection | None,
         statistics: NeuronStatistics | None,
-        rows: Sequence[torch.Tensor] | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.ffns = tuple(ffns)
         self.density = density
         self.selection = selection
         self.statistics = statistics
-        self.rows = tuple(rows) if rows is not None else None
+        self.backend = backend
         self.drafting = False
         self.num_draft_calls = 0
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of the neuron-major copies."""
-        return sum(rows.numel() * rows.element_size() for rows in self.rows or ())
+    def num_bytes(self) -> int:
+        """Memory that drafting adds to the model: copies of weights and the tables of the statistics."""
+        copies = self.backend.num_bytes if self.backend is not None else 0
+        return copies + (self.statistics.num_bytes if self.statistics is not None else 0)
 
     def install(self) -> None:
         """Puts the switch into every FFN of the model."""
@@ -92,12 +90,12 @@ class ReducedFFNs:
         for layer, ffn in enumerate(self.ffns):
             original = getattr(ffn.module, ffn.activation_name)
             setattr(ffn.module, ffn.activation_name, SwitchedActivation(original, self, ffn, layer, observer))
-            if self.rows is not None:
+            if self.backend is not None:
                 _switch_forward(ffn.module, self, layer)
 
-    def drop_rows(self) -> None:
+    def drop_backend(self) -> None:
         """Goes over to the masked way for good."""
-        self.rows = None
+        self.backend = None
 
     @contextmanager
     def draft_mode(self) -> Iterator[None]:
@@ -119,13 +117,12 @@ class ReducedFFNs:
         Returns:
             ``[num_tokens, hidden_size]``.
         """
-        assert self.rows is not None
+        assert self.backend is not None
         self.num_draft_calls += 1
-        rows, activation = self.rows[layer], self.ffns[layer].activation
-        assert activation is not None
         if self.selection is not None:
-            return coarse_ffn(hidden_states, rows, self.selection.indices[layer], activation)
-        return fine_ffn(hidden_states, rows, num_kept_neurons(self.density, rows.shape[0]), activation)
+            return self.backend.coarse(layer, hidden_states, self.selection.indices[layer])
+        num_kept = num_kept_neurons(self.density, self.ffns[layer].num_neurons)
+        return self.backend.fine(layer, hidden_states, num_kept)
 
 
 class SwitchedActivation(nn.Module):
@@ -175,9 +172,9 @@ def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
     upstream = type(module)
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if owner.drafting and owner.rows is not None:
+        if owner.drafting and owner.backend is not None:
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            if flat.shape[0] <= MAX_NATIVE_TOKENS:
+            if flat.shape[0] <= owner.backend.max_tokens:
                 return owner.run_native(layer, flat).view(hidden_states.shape)
         output: torch.Tensor = upstream.forward(self, hidden_states, *args, **kwargs)
         return output

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 
 from vllm_sirius.errors import SiriusIntegrationError
-from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn
 from vllm_sirius.ffn.layer import ReducedFFNs
 
 NUM_TOKENS = 4
@@ -21,36 +20,40 @@ REMEDY = (
 
 
 MAX_ROW_ERROR = 0.03
-"""Largest relative difference between an FFN and its neuron rows that rounding explains, in any dtype."""
+"""Largest relative difference between an FFN and the kernels with all its neurons that rounding explains, in any dtype."""
 
 
-def rows_reproduce_ffns(ffns: ReducedFFNs, dtype: torch.dtype) -> bool:
-    """Whether gate, up and down rows with all neurons give what the model's own FFNs give.
+def backend_reproduces_ffns(ffns: ReducedFFNs, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels with all neurons give what the model's own FFNs give.
 
     They do not where an FFN computes more than that, for example multiplies its output.
 
     Args:
-        ffns: The switch, in target mode, with neuron rows.
+        ffns: The switch, in target mode, with kernels.
         dtype: The model's dtype.
+        device: Where it lives.
     """
-    assert ffns.rows is not None
-    for ffn, rows in zip(ffns.ffns, ffns.rows, strict=True):
-        assert ffn.activation is not None
-        hidden_states = _random_hidden_states(ffn.hidden_size, dtype)
+    assert ffns.backend is not None
+    for layer, ffn in enumerate(ffns.ffns):
+        hidden_states = _random_hidden_states(ffn.hidden_size, dtype, device)
         dense = ffn.module(hidden_states).float()
-        whole = coarse_ffn(hidden_states, rows, torch.arange(rows.shape[0], dtype=torch.int32), ffn.activation).float()
+        everything = torch.arange(ffn.num_neurons, dtype=torch.int32, device=device)
+        whole = ffns.backend.coarse(layer, hidden_states, everything).float()
         if not float((dense - whole).norm()) <= MAX_ROW_ERROR * float(dense.norm()):
             return False
     return True
 
 
-def assert_draft_is_reduced(ffns: ReducedFFNs, draft_forward: Callable[[], object], dtype: torch.dtype) -> float:
+def assert_draft_is_reduced(
+    ffns: ReducedFFNs, draft_forward: Callable[[], object], dtype: torch.dtype, device: torch.device
+) -> float:
     """Runs every FFN on random input in both modes, then the whole model in the way drafts run it.
 
     Args:
         ffns: The switch. With coarse sparsity a selection must have been made.
         draft_forward: The model's forward pass as drafts run it, called in draft mode.
         dtype: The model's dtype.
+        device: Where it lives.
 
     Returns:
         Mean relative difference between the outputs of a reduced FFN and the dense one.
@@ -61,7 +64,7 @@ def assert_draft_is_reduced(ffns: ReducedFFNs, draft_forward: Callable[[], objec
     """
     differences = []
     for layer, ffn in enumerate(ffns.ffns):
-        hidden_states = _random_hidden_states(ffn.hidden_size, dtype)
+        hidden_states = _random_hidden_states(ffn.hidden_size, dtype, device)
         dense = ffn.module(hidden_states).float()
         with ffns.draft_mode():
             draft = ffn.module(hidden_states).float()
@@ -82,5 +85,6 @@ def assert_draft_is_reduced(ffns: ReducedFFNs, draft_forward: Callable[[], objec
     return sum(differences) / len(differences)
 
 
-def _random_hidden_states(hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(NUM_TOKENS, hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+def _random_hidden_states(hidden_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    hidden_states = torch.randn(NUM_TOKENS, hidden_size, generator=torch.Generator().manual_seed(0))
+    return hidden_states.to(device, dtype)

@@ -6,7 +6,10 @@ the one place where Sirius makes the model larger.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 
 def neuron_rows(gate_up: torch.Tensor, down: torch.Tensor, gate_first: bool = True) -> torch.Tensor:
@@ -25,6 +28,22 @@ def neuron_rows(gate_up: torch.Tensor, down: torch.Tensor, gate_first: bool = Tr
     gate, up = halves if gate_first else halves[::-1]
     rows = torch.empty(num_neurons, 3, down.shape[0], dtype=down.dtype, device=down.device)
     rows[:, 0], rows[:, 1], rows[:, 2] = gate, up, down.t()
+    return rows
+
+
+def store_as_rows(down: nn.Module) -> torch.Tensor:
+    """Stores a down projection by neuron; its own weight becomes the transposed view of the same memory.
+
+    Args:
+        down: A linear layer with the plain parameter ``weight [hidden, neurons]``. What is later copied into that parameter
+            in place reaches the rows as well.
+
+    Returns:
+        ``[neurons, hidden]``, contiguous.
+    """
+    weight: Any = down.weight
+    rows: torch.Tensor = weight.data.t().contiguous()
+    weight.data = rows.t()
     return rows
 
 

@@ -10,23 +10,29 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.platforms import current_platform
+from vllm.utils.platform_utils import is_uva_available
 
 from vllm_sirius.errors import SiriusUnsupportedError
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-SIRIUS_CPU_WORKER = "vllm_sirius.integration.runner_v1.worker.SiriusCPUWorker"
+SIRIUS_CPU_WORKER = "vllm_sirius.integration.cpu_worker.SiriusCPUWorker"
+
+WORKERS = (CPU_WORKER, SIRIUS_CPU_WORKER, "vllm.v1.worker.gpu_worker.Worker")
 
 Rule = tuple[Callable[[Any], Any], str]
 """Reads the offending value out of a `VllmConfig` (falsy if there is none), and says reason and remedy with ``{value}``."""
 
 RULES: tuple[Rule, ...] = (
     (
-        lambda c: not current_platform.is_cpu() and current_platform.device_name,
-        "platform {value}: Sirius runs on CPU only so far; serve without --speculative-model sirius.",
+        lambda c: not (current_platform.is_cpu() or current_platform.is_cuda()) and current_platform.device_name,
+        "platform {value}: Sirius runs on CPU and on CUDA GPUs; serve without --speculative-model sirius.",
     ),
     (
-        lambda c: c.use_v2_model_runner,
-        "use_v2_model_runner={value}: Sirius does not attach to Model Runner V2 yet; set VLLM_USE_V2_MODEL_RUNNER=0.",
+        lambda c: not current_platform.is_cpu() and not c.use_v2_model_runner and "V1",
+        (
+            "Model Runner {value} on a GPU: Sirius drafts there on Model Runner V2 alone; unset VLLM_USE_V2_MODEL_RUNNER, or "
+            "drop the option that vLLM names in its log as unsupported by V2."
+        ),
     ),
     (
         lambda c: c.model_config.runner_type != "generate" and c.model_config.runner_type,
@@ -72,11 +78,33 @@ RULES: tuple[Rule, ...] = (
         "kv_connector={value!r}: draft passes must not be sent to other engines, not handled yet; drop --kv-transfer-config.",
     ),
     (
+        lambda c: c.offload_config.offload_backend != "uva" and c.offload_config.prefetch.offload_group_size,
+        (
+            "offload_group_size={value}: prefetched weights lie in slots that rotate once per pass, which drafts would read at "
+            "the wrong moment; use --cpu-offload-gb instead."
+        ),
+    ),
+    (
+        lambda c: c.offload_config.uva.cpu_offload_gb and not current_platform.is_cpu() and not is_uva_available(),
+        (
+            "cpu_offload_gb={value}: this machine has no unified addressing, so vLLM copies offloaded weights for every pass, "
+            "which the draft's kernels cannot read; drop --cpu-offload-gb."
+        ),
+    ),
+    (
+        lambda c: getattr(c, "watermark_config", None) is not None and "given",
+        "watermark_config={value}: watermarks and Sirius's acceptance rules contradict each other; drop one of the two.",
+    ),
+    (
+        lambda c: c.parallel_config.enable_eplb,
+        "enable_eplb={value}: the draft's passes would be counted as load of the experts; drop --enable-eplb.",
+    ),
+    (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
         "kv_sharing_fast_prefill={value}: the neuron statistic needs the prompt in every layer; drop --kv-sharing-fast-prefill.",
     ),
     (
-        lambda c: c.parallel_config.worker_cls not in (CPU_WORKER, SIRIUS_CPU_WORKER) and c.parallel_config.worker_cls,
+        lambda c: c.parallel_config.worker_cls not in WORKERS and c.parallel_config.worker_cls,
         (
             "worker_cls={value!r}: Sirius brings its own worker and cannot share an engine with another one; drop --worker-cls "
             "or the plugin that sets it."
@@ -101,5 +129,6 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def choose_worker(vllm_config: Any) -> None:
-    """Names the worker class that drafts. Arguments as in `check_engine`, which must have passed."""
-    vllm_config.parallel_config.worker_cls = SIRIUS_CPU_WORKER
+    """Names the worker class that drafts on CPU; a GPU's own worker needs no change. Arguments as in `check_engine`."""
+    if current_platform.is_cpu():
+        vllm_config.parallel_config.worker_cls = SIRIUS_CPU_WORKER

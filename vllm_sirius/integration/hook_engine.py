@@ -1,6 +1,7 @@
 """Installs runtime hooks into vLLM, all or none, and notices when vLLM has changed under them.
 
-Knows nothing of Sirius. A hook replaces one function, method or property by a wrapper that calls the original.
+Knows nothing of Sirius. A hook replaces one function, method or property by a wrapper that calls the original, or one
+constant of a module by another value.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from vllm_sirius.errors import SiriusIntegrationError
 
 _MARK = "__vllm_sirius_hook__"
 
+_constants: dict[str, Any] = {}
+"""Constants that hooks have put in place, by target; a constant cannot carry a mark."""
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -24,7 +28,7 @@ class Hook:
 
     Attributes:
         target: ``"package.module:Owner.name"`` or ``"package.module:name"``.
-        make: Takes the original (for a property its getter) and returns the wrapper.
+        make: Takes the original (for a property its getter) and returns the wrapper, or the new value of a constant.
         fingerprint: `source_fingerprint` of the original in the supported vLLM version.
         why: What vLLM lacks without the hook.
         untouched: The condition under which the wrapper hands over to the original unchanged.
@@ -42,16 +46,17 @@ class Hook:
 
 
 def source_fingerprint(symbol: Any) -> str:
-    """First 12 hex digits of the SHA-256 of a symbol's source.
+    """First 12 hex digits of the SHA-256 of a symbol's source, or of a constant's representation.
 
     Args:
-        symbol: A function, class, method or property.
+        symbol: A function, class, method, property or constant.
 
     Returns:
         The digest.
     """
     function: Any = symbol.fget if isinstance(symbol, property) else symbol
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+    text = repr(symbol) if _is_constant(symbol) else inspect.getsource(function)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def resolve(target: str) -> tuple[Any, str, Any]:
@@ -83,6 +88,8 @@ def resolve(target: str) -> tuple[Any, str, Any]:
 def is_installed(hook: Hook) -> bool:
     """Whether a hook's target already is the hook's wrapper."""
     stored = resolve(hook.target)[2]
+    if _is_constant(stored):
+        return hook.target in _constants and _constants[hook.target] is stored
     return getattr(_plain(stored), _MARK, None) == hook.target
 
 
@@ -108,7 +115,10 @@ def install(hooks: Sequence[Hook], check_fingerprints: bool = True) -> list[str]
         planned.append((hook, owner, name, stored))
     for hook, owner, name, stored in planned:
         wrapper = hook.make(_plain(stored))
-        setattr(wrapper, _MARK, hook.target)
+        if _is_constant(stored):
+            _constants[hook.target] = wrapper
+        else:
+            setattr(wrapper, _MARK, hook.target)
         setattr(owner, name, _dress(stored, wrapper))
         for alias in hook.aliases:
             module = sys.modules.get(alias)
@@ -124,6 +134,11 @@ def _check_fingerprint(hook: Hook, stored: Any) -> None:
             f"{hook.target} is not the one vllm-sirius was written for (source {found}, expected {hook.fingerprint}): another "
             "plugin may have replaced it, or vLLM was modified; install the pair named in the README's compatibility table."
         )
+
+
+def _is_constant(stored: Any) -> bool:
+    kinds = (property, staticmethod, classmethod)
+    return not (isinstance(stored, kinds) or inspect.isroutine(stored) or inspect.isclass(stored))
 
 
 def _plain(stored: Any) -> Callable[..., Any]:

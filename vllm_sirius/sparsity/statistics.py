@@ -206,11 +206,9 @@ class NeuronStatistics:
         counted = (place >= 0) & (place < kept)
         weights = torch.where(counted, self.decay ** (kept - 1 - place).clamp_min(0).float(), 0.0)
         fade = self.decay ** kept.float()
-        pending = self._pending[:num_rows]
-        if pending.device.type == "cpu":
-            added = weights @ pending.float()
-        else:
-            added = (weights.to(pending.dtype) @ pending).float()  # a copy in fp32 would double the largest table
+        # A copy of the pending rows in fp32 would double the largest table of a GPU.
+        dtype = torch.float32 if self._pending.device.type == "cpu" else self._pending.dtype
+        added = (weights.to(dtype) @ self._pending[:num_rows].to(dtype)).float()
         self.tables.index_copy_(0, slots, self.tables[slots] * fade + added)
         self.weight.index_copy_(0, slots, self.weight[slots] * fade.squeeze(1) + weights.sum(dim=1))
         self._pending_place[1].index_fill_(0, slots, 0)

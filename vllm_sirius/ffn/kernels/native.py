@@ -9,6 +9,8 @@ import torch
 
 from vllm_sirius.ffn.kernels.cpu.build import KernelBuildError, load_library
 from vllm_sirius.ffn.kernels.cpu.kernels import SUPPORTED_DTYPES, instruction_set
+from vllm_sirius.ffn.kernels.triton import kernels as triton_kernels
+from vllm_sirius.triton_runtime import TritonUnavailableError, require_triton
 
 SWITCH = "VLLM_SIRIUS_NATIVE_KERNELS"
 """Environment variable: ``0`` keeps to PyTorch, which saves the memory of the neuron rows and makes no draft cheaper."""
@@ -46,3 +48,23 @@ def choose_kernels(dtype: torch.dtype, device: torch.device) -> KernelChoice:
     except KernelBuildError as error:
         return KernelChoice(False, str(error).splitlines()[0])
     return KernelChoice(True, instruction_set())
+
+
+def choose_triton(weight: torch.Tensor) -> KernelChoice:
+    """Whether the Triton kernels can run on a model's own weights.
+
+    Args:
+        weight: One of them.
+
+    Returns:
+        The choice.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return KernelChoice(False, f"{SWITCH}=0")
+    if weight.dtype not in triton_kernels.SUPPORTED_DTYPES:
+        return KernelChoice(False, f"no kernels for {weight.dtype} on {weight.device.type}")
+    try:
+        require_triton(weight)
+    except TritonUnavailableError as error:
+        return KernelChoice(False, str(error))
+    return KernelChoice(True, "triton" if weight.is_cuda else "triton, interpreted")

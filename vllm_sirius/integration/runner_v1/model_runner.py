@@ -9,13 +9,12 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_sirius.drafting.loop import draft_tokens
-from vllm_sirius.ffn.kernels.native import KernelChoice
-from vllm_sirius.ffn.self_test import assert_draft_is_reduced, rows_reproduce_ffns
+from vllm_sirius.integration.load_packed import load_target
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
-from vllm_sirius.integration.runner_v1.load import load_target
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.speculative_config import METHOD, sirius_config
+from vllm_sirius.integration.target import prove_and_announce
 
 
 class SiriusCPUModelRunner(CPUModelRunner):
@@ -48,14 +47,9 @@ class SiriusCPUModelRunner(CPUModelRunner):
         target = load_target(self.vllm_config)
         self.model = target.model
         self.drafter.attach(target)
-        kernels = target.kernels
-        if kernels.native and not rows_reproduce_ffns(self.drafter.ffns, self.model_config.dtype):
-            self.drafter.ffns.drop_rows()
-            kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
-        difference = assert_draft_is_reduced(
-            self.drafter.ffns, self._forward_without_attention, self.model_config.dtype
+        prove_and_announce(
+            target, self.drafter.ffns, self._forward_without_attention, self.vllm_config, torch.device("cpu")
         )
-        self.drafter.announce(target.shape, kernels, difference)
 
     @torch.inference_mode()
     def _forward_without_attention(self) -> None:

@@ -5,23 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest
-from vllm_sirius.ffn.kernels.native import KernelChoice
 from vllm_sirius.ffn.layer import ReducedFFNs
-from vllm_sirius.integration.model_shape import ModelShape
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
 from vllm_sirius.integration.speculative_config import sirius_config
-from vllm_sirius.sparsity.coarse import CoarseSelection
+from vllm_sirius.integration.target import LoadedTarget, install_switch
 from vllm_sirius.sparsity.observation import ObservedRows
-from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics
-
-logger = init_logger("vllm.sirius")
-
-MAX_PENDING_ROWS = 512
-"""Rows of correction passes whose activations wait for acceptance; bounds the memory at large batches."""
+from vllm_sirius.sparsity.selector import NeuronSelector
+from vllm_sirius.sparsity.statistics import NeuronStatistics
 
 
 class SiriusProposer:
@@ -37,7 +30,7 @@ class SiriusProposer:
         self.vllm_config = vllm_config
         self.ffns: ReducedFFNs
         self.statistics: NeuronStatistics | None = None
-        self._neuron_norms: torch.Tensor
+        self._selector: NeuronSelector | None = None
         self._requests: dict[str, SiriusRequest] = {}
         self._max_model_len = vllm_config.model_config.max_model_len
 
@@ -45,59 +38,10 @@ class SiriusProposer:
         """Upstream's seam for drafters of method ``custom_class``; the runner overrides its caller."""
         raise AssertionError("SiriusCPUModelRunner.propose_draft_token_ids drafts")
 
-    def attach(self, target: Any) -> None:
-        """Puts the switch between target and draft into a freshly loaded target.
-
-        Args:
-            target: A `load.LoadedTarget`.
-        """
-        sizes = [ffn.num_neurons for ffn in target.ffns]
-        selection = None
-        if self.config.sparsity == "coarse":
-            device = target.neuron_norms.device
-            max_num_seqs = self.vllm_config.scheduler_config.max_num_seqs
-            pending = min(max_num_seqs * self.config.kernel_size, MAX_PENDING_ROWS) if self.config.refresh else 0
-            decay = REFRESH_DECAY if self.config.refresh else 1.0
-            self.statistics = NeuronStatistics(sizes, max_num_seqs, pending, device, decay)
-            selection = CoarseSelection(sizes, self.config.density, self.vllm_config.model_config.dtype, device)
-        self._neuron_norms = target.neuron_norms
-        self.ffns = ReducedFFNs(target.ffns, self.config.density, selection, self.statistics, target.rows)
-        self.ffns.install()
-        if selection is not None:
-            selection.select(self._scores([]))
-
-    def announce(self, shape: ModelShape, kernels: KernelChoice, difference: float) -> None:
-        """Says at start-up what will run and what it costs, in one line.
-
-        Args:
-            shape: The target's sizes.
-            kernels: What computes the reduced FFNs.
-            difference: What the self-test measured between draft and target.
-        """
-        config = self.config
-        rule = "lossless" if config.lossless else f"threshold {config.threshold:g} (lossy)"
-        refreshed = ", refreshed" if config.sparsity == "coarse" and config.refresh else ""
-        extra = self.ffns.row_bytes + (self.statistics.num_bytes if self.statistics is not None else 0)
-        kept = shape.draft_density(config)
-        logger.info(
-            "Sirius: %d gated FFNs of %d neurons, %s density %g%s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is "
-            "%.0f%% of a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
-            "self-test: draft differs from target by %.1f%%",
-            shape.num_ffns,
-            shape.num_neurons,
-            config.sparsity,
-            config.density,
-            refreshed,
-            config.kernel_size,
-            ", adaptive" if config.adaptive else "",
-            rule,
-            extra / 2**20,
-            100 * shape.ffn_share,
-            100 * kept,
-            kept if kernels.native else 1.0,
-            f"native kernels, {kernels.reason}" if kernels.native else f"masked dense FFN: {kernels.reason}",
-            100 * difference,
-        )
+    def attach(self, target: LoadedTarget) -> None:
+        """Puts the switch between target and draft into a freshly loaded target."""
+        self.ffns, self._selector = install_switch(target, self.vllm_config)
+        self.statistics = self.ffns.statistics
 
     def thresholds(self, req_ids: list[str], num_rows: int) -> torch.Tensor:
         """Likelihood threshold of each row of the batch, ``float32 [num_rows]``.
@@ -158,7 +102,8 @@ class SiriusProposer:
         """
         if self.statistics is not None:
             self.statistics.end_step()
-            self._count_accepted(req_ids, sampled_token_ids)
+            # Counts the accepted rows of the correction pass.
+            self.statistics.commit(self._slots(req_ids), torch.tensor([len(tokens) for tokens in sampled_token_ids]))
         to_draft = []
         for row, (req_id, emitted) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
             request = self._requests[req_id]
@@ -168,8 +113,8 @@ class SiriusProposer:
             draft = self._draft_request(row, request, emitted[-1], int(num_tokens[row]), num_spec_tokens)
             if draft is not None:
                 to_draft.append(draft)
-        if to_draft and self.ffns.selection is not None:
-            self.ffns.selection.select(self._scores([req_ids[draft.row] for draft in to_draft]))
+        if to_draft and self._selector is not None:
+            self._selector.select(self._slots([req_ids[draft.row] for draft in to_draft]))
         return to_draft
 
     def remember_drafts(self, req_ids: list[str], drafts: list[list[int]]) -> None:
@@ -185,13 +130,6 @@ class SiriusProposer:
         if first:
             self.statistics.learn_prior(request.slot)
 
-    def _count_accepted(self, req_ids: list[str], sampled_token_ids: list[list[int]]) -> None:
-        """Lets the accepted rows of the correction pass into the statistics."""
-        assert self.statistics is not None
-        slots = [self._requests[req_id].slot for req_id in req_ids]
-        rows = [self.statistics.nobody if slot is None else slot for slot in slots]
-        self.statistics.commit(torch.tensor(rows), torch.tensor([len(emitted) for emitted in sampled_token_ids]))
-
     def _draft_request(
         self, row: int, request: SiriusRequest, last_token_id: int, num_tokens: int, num_spec_tokens: int
     ) -> DraftRequest | None:
@@ -205,11 +143,10 @@ class SiriusProposer:
             return None
         return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids)
 
-    def _scores(self, req_ids: list[str]) -> torch.Tensor:
+    def _slots(self, req_ids: list[str]) -> torch.Tensor:
         assert self.statistics is not None
-        slots = [slot for req_id in req_ids if (slot := self._requests[req_id].slot) is not None]
-        scores = self.statistics.scores(torch.tensor(slots, dtype=torch.int64))
-        return scores.mul_(self._neuron_norms) if self.config.refresh else scores
+        slots = [self._requests[req_id].slot for req_id in req_ids]
+        return torch.tensor([self.statistics.nobody if slot is None else slot for slot in slots])
 
     def _admit(self, req_id: str, state: Any) -> None:
         slot = self.statistics.acquire(state.num_computed_tokens) if self.statistics is not None else None

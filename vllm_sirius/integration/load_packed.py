@@ -1,9 +1,8 @@
-"""Loading the target with Sirius in it. Drives ``vllm.model_executor.model_loader``."""
+"""Loading a target whose weights vLLM packs (CPU). Drives ``vllm.model_executor.model_loader``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.model_loader import get_model_loader
 
 from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.ffn.backends import CPURowsBackend
 from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
+from vllm_sirius.integration.target import LoadedTarget, check_activations
 
 
 class _ReadLinearMethod(UnquantizedLinearMethod):
@@ -65,27 +66,6 @@ class _FFNReader:
             self._plain.clear()
 
 
-@dataclass(frozen=True)
-class LoadedTarget:
-    """The target and its FFNs.
-
-    Attributes:
-        model: The loaded model.
-        ffns: Its gated FFNs.
-        shape: Its sizes.
-        neuron_norms: ``||down_j||**2`` of every neuron of every layer, one after the other, ``float32``.
-        rows: Neuron-major weights of each FFN, or ``None`` where no native kernel can use them.
-        kernels: What computes the reduced FFNs.
-    """
-
-    model: nn.Module
-    ffns: list[GatedFFN]
-    shape: ModelShape
-    neuron_norms: torch.Tensor
-    rows: list[torch.Tensor] | None
-    kernels: KernelChoice
-
-
 def load_target(vllm_config: Any) -> LoadedTarget:
     """Loads the target as upstream does, and refuses it before its weights load if it cannot be drafted with.
 
@@ -105,7 +85,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     def create_and_check(*args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = create_model(*args, **kwargs)
         ffns = locate_gated_ffns(model)
-        _check_activations(vllm_config, ffns)
+        check_activations(vllm_config.speculative_config.sirius, ffns)
         kernels = _choose_kernels(vllm_config, ffns)
         built.append((ffns, measure_shape(model, ffns), [_FFNReader(ffn, kernels.native) for ffn in ffns], kernels))
         return model
@@ -116,17 +96,8 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     norms = [reader.norms for reader in readers if reader.norms is not None]
     rows = [reader.rows for reader in readers if reader.rows is not None]
     assert len(norms) == len(ffns), "the loader did not process the weights of every FFN"
-    return LoadedTarget(model, ffns, shape, torch.cat(norms), rows if kernels.native else None, kernels)
-
-
-def _check_activations(vllm_config: Any, ffns: list[GatedFFN]) -> None:
-    unknown = next((ffn for ffn in ffns if ffn.activation is None), None)
-    if unknown is not None and vllm_config.speculative_config.sirius.sparsity == "fine":
-        kind = type(getattr(unknown.module, unknown.activation_name)).__name__
-        raise SiriusUnsupportedError(
-            f"sparsity='fine' needs the gate of each neuron, which the activation {kind} of the FFN {unknown.name!r} does not "
-            "show: use sparsity='coarse'."
-        )
+    backend = CPURowsBackend(ffns, rows) if kernels.native else None
+    return LoadedTarget(model, ffns, shape, torch.cat(norms), backend, kernels)
 
 
 def _choose_kernels(vllm_config: Any, ffns: list[GatedFFN]) -> KernelChoice:

@@ -1,0 +1,143 @@
+"""What computes the reduced FFNs of a model by native kernels: one object that knows the weights of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn
+from vllm_sirius.ffn.kernels.triton import kernels as triton_kernels
+from vllm_sirius.ffn.locate import GatedFFN
+from vllm_sirius.sparsity.coarse import num_kept_neurons
+
+
+class Backend(Protocol):
+    """Native kernels bound to the weights of a model's FFNs.
+
+    Attributes:
+        max_tokens: Largest batch for these kernels; beyond it the model's own dense projections are faster.
+        num_bytes: Memory that the draft's own copies of weights take, 0 where it reads the target's.
+    """
+
+    max_tokens: int
+    num_bytes: int
+
+    def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Runs the FFN of one layer with some of its neurons.
+
+        Args:
+            layer: Index of the FFN.
+            hidden_states: ``[num_tokens, hidden_size]``.
+            indices: The neurons to keep, ascending, ``int32 [kept]``.
+
+        Returns:
+            ``[num_tokens, hidden_size]``.
+        """
+
+    def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """Runs the FFN of one layer with each token's largest gates.
+
+        Args:
+            layer: Index of the FFN.
+            hidden_states: ``[num_tokens, hidden_size]``.
+            num_kept: Neurons that each token keeps.
+
+        Returns:
+            ``[num_tokens, hidden_size]``.
+        """
+
+
+class CPURowsBackend:
+    """The C++ kernels on neuron-major copies of the weights (`weights.neuron_rows`).
+
+    Args:
+        ffns: The FFNs, each with an activation that the kernels know.
+        rows: Weights of each, ``[neurons, 3, hidden_size]``.
+    """
+
+    max_tokens = 16
+
+    def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[torch.Tensor]) -> None:
+        self._rows = tuple(rows)
+        self._activations = [_known(ffn) for ffn in ffns]
+        self.num_bytes = sum(weights.numel() * weights.element_size() for weights in self._rows)
+
+    def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """See `Backend.coarse`."""
+        return coarse_ffn(hidden_states, self._rows[layer], indices, self._activations[layer])
+
+    def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """See `Backend.fine`."""
+        return fine_ffn(hidden_states, self._rows[layer], num_kept, self._activations[layer])
+
+
+class TritonBackend:
+    """The Triton kernels on the target's own weights: nothing is stored twice.
+
+    Args:
+        ffns: The FFNs, each with an activation that the kernels know.
+        gate_up: Merged projection of each, ``[2 * neurons, hidden_size]``.
+        down_rows: Down projection of each by neuron, ``[neurons, hidden_size]``.
+        reductions: What makes a whole output of this rank's part, or ``None`` where it is whole.
+    """
+
+    max_tokens = 32
+    num_bytes = 0
+
+    def __init__(
+        self,
+        ffns: Sequence[GatedFFN],
+        gate_up: Sequence[torch.Tensor],
+        down_rows: Sequence[torch.Tensor],
+        reductions: Sequence[Callable[[torch.Tensor], torch.Tensor] | None],
+    ) -> None:
+        self._weights = list(zip(gate_up, down_rows, strict=True))
+        self._activations = [_known(ffn) for ffn in ffns]
+        self._gate_first = [ffn.gate_first for ffn in ffns]
+        self._reductions = tuple(reductions)
+
+    def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """See `Backend.coarse`."""
+        output = triton_kernels.coarse_ffn(
+            hidden_states, *self._weights[layer], indices, self._activations[layer], self._gate_first[layer]
+        )
+        return self._whole(layer, output)
+
+    def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """See `Backend.fine`."""
+        output = triton_kernels.fine_ffn(
+            hidden_states, *self._weights[layer], num_kept, self._activations[layer], self._gate_first[layer]
+        )
+        return self._whole(layer, output)
+
+    def warm_up(self, density: float, fine: bool) -> None:
+        """Compiles and tunes the kernels for every shape of FFN in the model; before any graph is captured.
+
+        Args:
+            density: Part of the neurons the draft keeps.
+            fine: Whether sparsity is fine.
+        """
+        done = set()
+        for layer, (gate_up, down_rows) in enumerate(self._weights):
+            key = (down_rows.shape, self._activations[layer], self._gate_first[layer])
+            if key not in done:
+                done.add(key)
+                triton_kernels.warm_up(
+                    gate_up,
+                    down_rows,
+                    num_kept_neurons(density, down_rows.shape[0]),
+                    self._activations[layer],
+                    fine=fine,
+                    gate_first=self._gate_first[layer],
+                )
+
+    def _whole(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        reduce = self._reductions[layer]
+        return output if reduce is None else reduce(output)
+
+
+def _known(ffn: GatedFFN) -> str:
+    assert ffn.activation is not None
+    return ffn.activation

@@ -1,0 +1,39 @@
+"""The CPU worker with Sirius's model runners. Attaches to ``vllm.v1.worker.cpu_worker``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker import cpu_worker
+
+from vllm_sirius.integration.hook_engine import install
+from vllm_sirius.integration.installed_hooks import worker_hooks
+from vllm_sirius.integration.lookahead import assert_lookahead_reserved
+
+
+class SiriusCPUWorker(cpu_worker.CPUWorker):
+    """Upstream's CPU worker, except for the class of its model runner."""
+
+    def init_device(self) -> None:
+        """Builds the runner. Upstream names its class by a module global, which is swapped for the call alone."""
+        assert_lookahead_reserved(self.vllm_config)
+        module, runner = self._runner_of_sirius()
+        upstream = module.CPUModelRunner
+        module.CPUModelRunner = runner
+        try:
+            super().init_device()
+        finally:
+            module.CPUModelRunner = upstream
+
+    def _runner_of_sirius(self) -> tuple[Any, type]:
+        """The module whose global names the runner, and the class to put there."""
+        if self.use_v2_model_runner:
+            from vllm.v1.worker.cpu import model_runner
+
+            from vllm_sirius.integration.runner_v2.cpu_model_runner import SiriusCPUModelRunnerV2
+
+            return model_runner, SiriusCPUModelRunnerV2
+        from vllm_sirius.integration.runner_v1.model_runner import SiriusCPUModelRunner
+
+        install(worker_hooks())
+        return cpu_worker, SiriusCPUModelRunner

@@ -1,0 +1,1 @@
+"""Model Runner V2: what vLLM runs on GPUs."""

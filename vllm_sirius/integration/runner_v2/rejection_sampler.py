@@ -1,0 +1,96 @@
+"""Sirius's rejection sampler on Model Runner V2. Subclasses ``RejectionSampler`` of ``vllm.v1.worker.gpu``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_sirius.acceptance import accept_by_threshold, accept_own_choice
+from vllm_sirius.acceptance_triton import pick_tokens
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.drafting.device_batch import DraftTable
+
+
+class SiriusRejectionSampler(RejectionSampler):
+    """Upstream's sampler with the rules of `acceptance` in the place of its own.
+
+    Chunking, grammar masks, penalties, temperature, top-k, top-p and logprobs stay upstream's. The target's own choice at
+    each position is drawn from the noise of that position and the request's seed, exactly as plain decoding draws it, so a
+    lossless request gives the tokens that it would give without speculation.
+
+    Args:
+        sampler: The runner's plain sampler.
+        speculative_config: The engine's speculative config.
+        device: Where it runs.
+        table: Threshold and draft length of each request.
+    """
+
+    def __init__(self, sampler: Any, speculative_config: Any, device: torch.device, table: DraftTable) -> None:
+        super().__init__(sampler, speculative_config, device)
+        self._config: SiriusConfig = speculative_config.sirius
+        self._table = table
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,
+        pos: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: Any,
+        expanded_idx_mapping: torch.Tensor,
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: Any,
+        verify_draft_sampled: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As upstream's, with Sirius's rule: processed logits, sampled tokens and their number per request."""
+        processed = self.sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        states = self.sampler.sampling_states
+        temperature = states.temperature.gpu
+        own = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            temperature,
+            states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
+        drafts = self._drafts(verify_draft_sampled, expanded_idx_mapping, expanded_local_pos)
+        if self._config.lossless:
+            accepted = accept_own_choice(drafts, own)
+        else:
+            slots = expanded_idx_mapping.long()
+            sharpness = torch.where(temperature[slots] == 0.0, self._config.threshold_temperature, 1.0)
+            accepted = accept_by_threshold(drafts, own, processed, self._table.thresholds[slots], sharpness)
+        sampled, num_sampled = pick_tokens(own, drafts, accepted, cu_num_logits, self.num_speculative_steps + 1)
+        return processed, sampled, num_sampled
+
+    def _drafts(self, inputs: torch.Tensor, slots: torch.Tensor, local_pos: torch.Tensor) -> torch.Tensor:
+        """The draft that each row of logits judges: the input of the next row, if that is a draft of the same request.
+
+        Args:
+            inputs: Input token of each row, -1 for a placeholder, ``int [num_logits]``.
+            slots: Slot of each row.
+            local_pos: Place of each row in its request, 0 for the last token of the text.
+
+        Returns:
+            ``int64 [num_logits]``, -1 where there is none.
+        """
+        is_draft = (local_pos > 0) & (local_pos <= self._table.num_drafted[slots.long()])
+        drafts = torch.where(is_draft, inputs.long(), -1)
+        return torch.cat([drafts[1:], drafts.new_full((1,), -1)])

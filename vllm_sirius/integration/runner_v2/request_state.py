@@ -1,0 +1,97 @@
+"""The state of Sirius on Model Runner V2: upstream's requests and batches in terms of slots, tables and rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.drafting.device_batch import DraftTable
+from vllm_sirius.request_options import parse_request_options
+from vllm_sirius.sparsity.observation import ObservedRows
+from vllm_sirius.sparsity.statistics import NeuronStatistics
+
+
+class SiriusRequestState:
+    """Follows upstream's requests and tells the statistics what each forward pass holds.
+
+    Slots are upstream's: the index of a request in `RequestState`, which it keeps until it ends or is preempted.
+
+    Args:
+        config: The knobs.
+        table: What drafts must know of each request.
+        statistics: Neuron statistics of the requests, or ``None`` with fine sparsity.
+        max_model_len: Longest text.
+    """
+
+    def __init__(
+        self, config: SiriusConfig, table: DraftTable, statistics: NeuronStatistics | None, max_model_len: int
+    ) -> None:
+        self.table = table
+        self._config = config
+        self._statistics = statistics
+        self._max_model_len = max_model_len
+
+    def add_request(self, slot: int, new_request: Any) -> None:
+        """Admits a request, or one that was preempted and comes back with its text as its prompt.
+
+        Args:
+            slot: Its index in upstream's tables.
+            new_request: Upstream's `NewRequestData`.
+        """
+        if self._statistics is not None:
+            self._statistics.reset(slot, new_request.num_computed_tokens)
+        sampling = new_request.sampling_params
+        options = parse_request_options(sampling.extra_args, self._config)
+        ends: set[int] = set(sampling.stop_token_ids or ())
+        if sampling.eos_token_id is not None:  # None where the request ignores the end of text
+            ends.add(sampling.eos_token_id)
+        # Every pass emits a token of the target's own after the drafted ones, so the last token is never drafted, nor one
+        # at the last position, which the scheduler does not verify.
+        longest = self._max_model_len
+        if sampling.max_tokens is not None:
+            longest = min(longest, new_request.prompt_len + sampling.max_tokens)
+        self.table.admit(slot, longest - 2 if options.enabled else -1, ends, options.threshold)
+
+    def begin_pass(self, input_batch: Any) -> None:
+        """Announces the rows of a real forward pass.
+
+        Args:
+            input_batch: Upstream's `InputBatch`.
+        """
+        if self._statistics is None:
+            return
+        runs = []
+        for row in range(input_batch.num_reqs):
+            count = int(input_batch.num_scheduled_tokens[row])
+            prefill = bool(input_batch.is_prefilling_np[row])
+            if not prefill and not self._config.refresh:
+                continue
+            if prefill:
+                left = input_batch.prefill_len_np[row] - input_batch.num_computed_prefill_tokens_np[row]
+                count = min(count, int(left))
+            start = int(input_batch.query_start_loc_np[row])
+            runs.append(ObservedRows(int(input_batch.idx_mapping_np[row]), start, count, pending=not prefill))
+        self._statistics.begin_step(runs)
+
+    def begin_dummy_pass(self) -> None:
+        """Announces a pass whose rows belong to nobody, so that it leaves no trace in what real requests learned."""
+        if self._statistics is not None:
+            self._statistics.begin_step([])
+
+    def end_pass(self, input_batch: Any, num_sampled: torch.Tensor) -> None:
+        """Takes in what the target accepted.
+
+        Args:
+            input_batch: Upstream's `InputBatch`.
+            num_sampled: Tokens that each row emitted, ``int32 [num_reqs]``, on the device; 0 for a row in prefill.
+        """
+        if self._statistics is None:
+            return
+        self._statistics.end_step()
+        self._statistics.commit(input_batch.idx_mapping[: input_batch.num_reqs].long(), num_sampled)
+        for row in range(input_batch.num_reqs):
+            known = input_batch.num_computed_prefill_tokens_np[row] + input_batch.num_scheduled_tokens[row]
+            if input_batch.is_prefilling_np[row] and known >= input_batch.prefill_len_np[row]:
+                self._statistics.learn_prior(int(input_batch.idx_mapping_np[row]))

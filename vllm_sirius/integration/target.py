@@ -1,0 +1,164 @@
+"""The target as both model runners see it once it is loaded, and the switch between target and draft put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.ffn.backends import Backend
+from vllm_sirius.ffn.kernels.native import KernelChoice
+from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.ffn.locate import GatedFFN
+from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
+from vllm_sirius.integration.model_shape import ModelShape
+from vllm_sirius.integration.speculative_config import sirius_config
+from vllm_sirius.sparsity.coarse import CoarseSelection
+from vllm_sirius.sparsity.selector import NeuronSelector
+from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObserveKernel
+
+logger = init_logger("vllm.sirius")
+
+MAX_PENDING_ROWS = 512
+"""Rows of correction passes whose activations wait for acceptance; bounds the memory at large batches."""
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """The target and its FFNs.
+
+    Attributes:
+        model: The loaded model.
+        ffns: Its gated FFNs.
+        shape: Its sizes.
+        neuron_norms: ``||down_j||**2`` of every neuron of every layer, one after the other, ``float32``.
+        backend: Kernels bound to the weights, or ``None`` where no native kernel can be used.
+        kernels: What computes the reduced FFNs, for the start-up line.
+        observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
+    """
+
+    model: nn.Module
+    ffns: list[GatedFFN]
+    shape: ModelShape
+    neuron_norms: torch.Tensor
+    backend: Backend | None
+    kernels: KernelChoice
+    observe: ObserveKernel | None = None
+
+
+def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
+    """Refuses fine sparsity for activations that hide the gate.
+
+    Args:
+        config: The knobs.
+        ffns: The target's FFNs.
+
+    Raises:
+        SiriusUnsupportedError: If there is such an activation.
+    """
+    unknown = next((ffn for ffn in ffns if ffn.activation is None), None)
+    if unknown is not None and config.sparsity == "fine":
+        kind = type(getattr(unknown.module, unknown.activation_name)).__name__
+        raise SiriusUnsupportedError(
+            f"sparsity='fine' needs the gate of each neuron, which the activation {kind} of the FFN {unknown.name!r} does not "
+            "show: use sparsity='coarse'."
+        )
+
+
+def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs, NeuronSelector | None]:
+    """Puts the switch between target and draft into a freshly loaded target.
+
+    Args:
+        target: The target.
+        vllm_config: The engine's config.
+
+    Returns:
+        The switch, and what chooses the neurons with coarse sparsity.
+    """
+    config = sirius_config(vllm_config.speculative_config)
+    assert config is not None
+    sizes = [ffn.num_neurons for ffn in target.ffns]
+    device = target.neuron_norms.device
+    selection = statistics = selector = None
+    if config.sparsity == "coarse":
+        scheduler = vllm_config.scheduler_config
+        pending = min(scheduler.max_num_seqs * config.kernel_size, MAX_PENDING_ROWS) if config.refresh else 0
+        statistics = NeuronStatistics(
+            sizes,
+            scheduler.max_num_seqs,
+            pending,
+            device,
+            REFRESH_DECAY if config.refresh else 1.0,
+            scheduler.max_num_batched_tokens,
+            target.observe,
+        )
+        selection = CoarseSelection(sizes, config.density, vllm_config.model_config.dtype, device)
+        selector = NeuronSelector(statistics, selection, target.neuron_norms if config.refresh else None)
+        selector.select(torch.full((1,), statistics.nobody, dtype=torch.int64, device=device))
+    ffns = ReducedFFNs(target.ffns, config.density, selection, statistics, target.backend)
+    ffns.install()
+    return ffns, selector
+
+
+def prove_and_announce(
+    target: LoadedTarget,
+    ffns: ReducedFFNs,
+    draft_forward: Callable[[], object],
+    vllm_config: Any,
+    device: torch.device,
+) -> None:
+    """The start-up self-test, then the start-up line.
+
+    Args:
+        target: The target, with the switch installed.
+        ffns: The switch.
+        draft_forward: One pass of the whole model as drafts run it, called in draft mode.
+        vllm_config: The engine's config.
+        device: Where the model lives.
+
+    Raises:
+        SiriusIntegrationError: If the draft turns out not to be reduced.
+    """
+    config = sirius_config(vllm_config.speculative_config)
+    assert config is not None
+    dtype = vllm_config.model_config.dtype
+    kernels = target.kernels
+    if ffns.backend is not None and not backend_reproduces_ffns(ffns, dtype, device):
+        ffns.drop_backend()
+        kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
+    difference = assert_draft_is_reduced(ffns, draft_forward, dtype, device)
+    _announce(config, target.shape, ffns.num_bytes, kernels, difference)
+
+
+def _announce(
+    config: SiriusConfig, shape: ModelShape, num_bytes: int, kernels: KernelChoice, difference: float
+) -> None:
+    """Says at start-up what will run and what it costs, in one line."""
+    rule = "lossless" if config.lossless else f"threshold {config.threshold:g} (lossy)"
+    refreshed = ", refreshed" if config.sparsity == "coarse" and config.refresh else ""
+    kept = shape.draft_density(config)
+    logger.info(
+        "Sirius: %d gated FFNs of %d neurons, %s density %g%s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is "
+        "%.0f%% of a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
+        "self-test: draft differs from target by %.1f%%",
+        shape.num_ffns,
+        shape.num_neurons,
+        config.sparsity,
+        config.density,
+        refreshed,
+        config.kernel_size,
+        ", adaptive" if config.adaptive else "",
+        rule,
+        num_bytes / 2**20,
+        100 * shape.ffn_share,
+        100 * kept,
+        kept if kernels.native else 1.0,
+        f"native kernels, {kernels.reason}" if kernels.native else f"masked dense FFN: {kernels.reason}",
+        100 * difference,
+    )
