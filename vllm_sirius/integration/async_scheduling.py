@@ -9,7 +9,7 @@ from vllm_sirius.integration.speculative_config import METHOD
 
 
 def _with_sirius(methods: Any) -> Any:
-    return Literal[*get_args(methods), METHOD]  # type: ignore[misc]
+    return Literal[*get_args(methods), METHOD]
 
 
 HOOKS = (

@@ -84,10 +84,10 @@ class SiriusSpeculator(DraftModelSpeculator):
         """
         target = self._target or read_target(target_model, self.vllm_config)
         self._target = None
-        self.model = target_model
+        self.model: Any = target_model
         # No layer belongs to the draft alone: the runner must treat all of them as the target's.
-        self.draft_attn_layer_names = set()
-        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+        self.draft_attn_layer_names: set[str] = set()
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self._layer_names = set(layers)
         self.ffns, self._selector = install_switch(target, self.vllm_config)
         self._state = SiriusRequestState(self.config, self.table, self.ffns.statistics, self.max_model_len)
