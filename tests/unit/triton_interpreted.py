@@ -15,7 +15,7 @@ import torch
 
 from vllm_sirius.acceptance_triton import pick_tokens, pick_tokens_reference
 from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.kernels.triton import kernels, reference, statistics, tuning
+from vllm_sirius.ffn.kernels.triton import kernels, projection, reference, statistics, tuning
 from vllm_sirius.triton_runtime import INTERPRETED
 
 assert INTERPRETED, "set TRITON_INTERPRET=1"
@@ -80,7 +80,9 @@ class Case:
 
 
 def random_subset(neurons: int, kept: int) -> torch.Tensor:
-    return torch.randperm(neurons)[:kept].sort().values.to(torch.int32)
+    """Kept neurons, followed in memory by an index that is nowhere near one: reading its row ends the process."""
+    chosen = torch.randperm(neurons)[:kept].sort().values.to(torch.int32)
+    return torch.cat([chosen, torch.full((64,), 2**31 - 1, dtype=torch.int32)])[:kept]
 
 
 def assert_close(case: Case, actual: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> None:
@@ -222,6 +224,16 @@ def test_runs_repeat_and_write_where_they_are_told() -> None:
     assert torch.equal(out, case.fine(kernels, 20))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_are_rounded_to_the_nearest(dtype: torch.dtype) -> None:
+    partial = torch.randn(1, 2000) * 2.0 ** torch.randint(-10, 11, (1, 2000))
+    partial[0, :2] = torch.tensor([1.998, -1.0039063])
+    output = torch.empty(2001, dtype=dtype).fill_(3.0)
+    projection.sum_parts_kernel[(4,)](partial, output, 2000, num_parts=1, block_outputs=512)
+    assert torch.equal(output[:2000], partial[0].to(dtype))
+    assert output[2000] == 3.0
+
+
 def test_wrong_arguments_are_refused() -> None:
     case = Case.draw(2, 16, 4, torch.float32)
     weights = (case.gate_up, case.down_rows)
@@ -255,10 +267,11 @@ def test_statistics_equal_their_twin(tokens: int, neurons: int, offset: int, dty
     waiting = torch.randperm(tokens)[: min(tokens, rows)]
     row[waiting] = torch.randperm(rows)[: waiting.numel()].to(torch.int32)
     weight = torch.rand(tokens)
-    energy, pending = torch.rand(slots, total), torch.rand(rows, total).bfloat16()
+    # A row before and after the tables, which nothing may touch.
+    energy, pending = torch.rand(slots + 2, total), torch.rand(rows + 2, total).bfloat16()
     expected_energy, expected_pending = energy.clone(), pending.clone()
-    statistics.observe_ffn(activation, slot, weight, row, energy, pending, offset)
-    reference.observe_ffn(activation, slot, weight, row, expected_energy, expected_pending, offset)
+    statistics.observe_ffn(activation, slot, weight, row, energy[1:-1], pending[1:-1], offset)
+    reference.observe_ffn(activation, slot, weight, row, expected_energy[1:-1], expected_pending[1:-1], offset)
     torch.testing.assert_close(energy, expected_energy, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pending, expected_pending, rtol=2**-7, atol=0.0)
 

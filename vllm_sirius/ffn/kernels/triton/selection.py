@@ -33,14 +33,14 @@ def keep_largest_kernel(
     `count` ``int32 [1]``, which is for one token only. Programs: (tokens). `block_neurons` covers all neurons.
 
     The bits of a non-negative float order like the float, so the magnitude of the last neuron kept is found bit by bit:
-    it is the largest number that at least `num_kept` magnitudes reach.
+    it is the largest number that at least `num_kept` magnitudes reach. What lies beyond the last neuron counts as zero and
+    comes last, so it is never kept.
     """
     neuron = tl.arange(0, block_neurons)
     inside = neuron < num_neurons
     pointer = activated + tl.program_id(0).to(tl.int64) * num_neurons + neuron
     value = tl.load(pointer, mask=inside, other=0.0)
     magnitude = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    magnitude = tl.where(inside, magnitude, -1)
     smallest = 0
     for place in tl.range(0, 31):
         candidate = smallest | (1 << (30 - place))
