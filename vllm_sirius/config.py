@@ -17,6 +17,7 @@ from vllm_sirius.errors import SiriusConfigError
 SPARSITIES = ("coarse", "fine", "none")
 ACCEPTANCES = ("threshold", "lossless")
 DRAFT_WEIGHTS = ("shared", "int8", "int4")
+DRAFT_SAMPLINGS = ("greedy", "probabilistic")
 
 MIN_KERNEL_SIZE = 2
 MAX_KERNEL_SIZE = 128
@@ -42,6 +43,9 @@ class SiriusConfig:
         draft_weights: Weights the draft reads. ``shared`` are the target's own values.
         acceptance: ``threshold`` is the paper's likelihood rule and changes the output distribution; ``lossless`` is
             rejection sampling, whose output is distributed as the target's.
+        draft_sampling: How the draft picks its tokens for requests with a temperature. ``greedy`` takes its likeliest;
+            ``probabilistic`` draws from its distribution, which lossless acceptance then corrects by standard rejection
+            sampling. Greedy requests are drafted greedily either way.
         threshold: Accept a draft token while the target gives it at least this likelihood. ``<= 0`` accepts every
             token that the request's own constraints allow; ``> 1`` accepts only the target's own choice.
         threshold_temperature: Temperature of the likelihood in the threshold rule for greedy requests (0.6 in the
@@ -57,6 +61,7 @@ class SiriusConfig:
     refresh: bool = True
     draft_weights: str = "shared"
     acceptance: str = "threshold"
+    draft_sampling: str = "greedy"
     threshold: float = 0.1
     threshold_temperature: float = 0.6
     adaptive: bool = True
@@ -79,6 +84,12 @@ class SiriusConfig:
         _require_bool("refresh", self.refresh)
         _require_choice("draft_weights", self.draft_weights, DRAFT_WEIGHTS)
         _require_choice("acceptance", self.acceptance, ACCEPTANCES)
+        _require_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLINGS)
+        if self.draft_sampling == "probabilistic" and not self.lossless:
+            raise SiriusConfigError(
+                "draft_sampling='probabilistic' needs acceptance='lossless', which weighs a drawn token by its probability; "
+                "the threshold rule does not: add acceptance='lossless', or use draft_sampling='greedy'."
+            )
         _require_number("threshold", self.threshold)
         _require_number("threshold_temperature", self.threshold_temperature)
         if self.threshold_temperature <= 0.0:

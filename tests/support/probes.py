@@ -231,3 +231,24 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         engine_support.current_platform, engine_support.is_uva_available = platform, uva
     assert good_gpu is None, good_gpu
     return {"good": verdict(), "fired": fired, "num_rules": len(engine_support.RULES)}
+
+
+def compiled_draft_report(llm: Any) -> dict[str, Any]:
+    """Whether the draft is a compiled clone, what it shares with the target, and the keys of their artifacts."""
+    from vllm.compilation.decorators import _model_hash_key
+
+    runner = model_runner(llm)
+    draft = runner.draft_model if hasattr(runner, "draft_model") else runner.speculator._draft
+    ffns = draft._ffns
+    target, clone = runner.model, draft._model
+    known = {id(parameter) for parameter in target.parameters()}
+    parameters = list(clone.parameters())
+    return {
+        "compiled": draft.compiled,
+        "parameters": len(parameters),
+        "shared_parameters": sum(id(parameter) in known for parameter in parameters),
+        "target_key": _model_hash_key(target.model.forward),
+        "draft_key": _model_hash_key(clone.model.forward),
+        "ffns": len(ffns.ffns),
+        "draft_ffns_run": ffns.num_draft_calls,
+    }

@@ -16,6 +16,7 @@ def test_defaults_are_those_of_the_readme():
         refresh=True,
         draft_weights="shared",
         acceptance="threshold",
+        draft_sampling="greedy",
         threshold=0.1,
         threshold_temperature=0.6,
         adaptive=True,
@@ -39,6 +40,7 @@ def test_boundary_values_are_taken():
         {"threshold": 2.0},
         {"sparsity": "fine"},
         {"acceptance": "lossless"},
+        {"acceptance": "lossless", "draft_sampling": "probabilistic"},
     ):
         config = SiriusConfig.from_options(options)
         assert all(getattr(config, key) == value for key, value in options.items())
@@ -70,6 +72,8 @@ REFUSED_OPTIONS = [
     ({"draft_weights": "int8"}, ["draft_weights='int8'", "not supported yet", "'shared'"]),
     ({"draft_weights": "int4"}, ["draft_weights='int4'", "not supported yet", "'shared'"]),
     ({"acceptance": "strict"}, ["acceptance='strict'", "threshold, lossless"]),
+    ({"draft_sampling": "nucleus"}, ["draft_sampling='nucleus'", "greedy, probabilistic"]),
+    ({"draft_sampling": "probabilistic"}, ["draft_sampling='probabilistic'", "acceptance='lossless'", "'greedy'"]),
     ({"threshold": float("inf")}, ["threshold=inf", "finite number"]),
     ({"threshold": "low"}, ["threshold='low'", "finite number"]),
     ({"threshold": False}, ["threshold=False", "finite number"]),

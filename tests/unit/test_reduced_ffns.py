@@ -202,13 +202,19 @@ def test_target_mode_feeds_the_statistics_and_draft_mode_does_not():
     torch.testing.assert_close(ffns.statistics.energy[slot].view(LAYERS, -1).sum(1), torch.full((LAYERS,), 2.0))
 
 
+def draft_pass(model, ffns):
+    def run():
+        with ffns.draft_mode():
+            model(torch.randn(1, HIDDEN))
+
+    return run
+
+
 def test_self_test_passes_a_reduced_draft_and_its_density_of_one():
     for density in (0.5, 1.0):
         model = Model()
         ffns = reduced(model, density=density)
-        difference = assert_draft_is_reduced(
-            ffns, lambda model=model: model(torch.randn(1, HIDDEN)), torch.float32, CPU
-        )
+        difference = assert_draft_is_reduced(ffns, draft_pass(model, ffns), torch.float32, CPU)
         assert (difference > 0.05) == (density < 1.0)
 
 
@@ -217,7 +223,7 @@ def test_self_test_notices_an_ffn_that_lost_its_switch():
     ffns = reduced(model, native=False)
     model.layers[1].act_fn = SiluAndMul()
     with pytest.raises(SiriusIntegrationError, match=r"'layers\.1' drafts with all its neurons"):
-        assert_draft_is_reduced(ffns, lambda: model(torch.randn(1, HIDDEN)), torch.float32, CPU)
+        assert_draft_is_reduced(ffns, draft_pass(model, ffns), torch.float32, CPU)
 
 
 def test_self_test_notices_a_model_that_does_not_run_the_switched_modules():

@@ -13,11 +13,18 @@ from vllm.platforms import current_platform
 from vllm.utils.platform_utils import is_uva_available
 
 from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.integration.speculative_config import sirius_config
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 SIRIUS_CPU_WORKER = "vllm_sirius.integration.cpu_worker.SiriusCPUWorker"
 
 WORKERS = (CPU_WORKER, SIRIUS_CPU_WORKER, "vllm.v1.worker.gpu_worker.Worker")
+
+
+def _probabilistic(config: Any) -> bool:
+    knobs = sirius_config(config.speculative_config)
+    return knobs is not None and knobs.draft_sampling == "probabilistic"
+
 
 Rule = tuple[Callable[[Any], Any], str]
 """Reads the offending value out of a `VllmConfig` (falsy if there is none), and says reason and remedy with ``{value}``."""
@@ -33,6 +40,10 @@ RULES: tuple[Rule, ...] = (
             "Model Runner {value} on a GPU: Sirius drafts there on Model Runner V2 alone; unset VLLM_USE_V2_MODEL_RUNNER, or "
             "drop the option that vLLM names in its log as unsupported by V2."
         ),
+    ),
+    (
+        lambda c: not c.use_v2_model_runner and _probabilistic(c) and "V1",
+        "draft_sampling='probabilistic' on Model Runner {value}: only V2 draws drafts; use draft_sampling='greedy'.",
     ),
     (
         lambda c: c.model_config.runner_type != "generate" and c.model_config.runner_type,

@@ -33,6 +33,7 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         self.num_speculative_tokens = self.sirius.num_speculative_tokens
         self.draft_model_config = self.target_model_config
         self.draft_parallel_config = self.target_parallel_config
+        self.draft_sample_method = self.sirius.draft_sampling
 
     def compute_hash(self) -> str:
         """Key of what changes a compiled graph: coarse sparsity observes activations, fine does not."""

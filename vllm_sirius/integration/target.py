@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 
 from vllm_sirius.config import SiriusConfig
@@ -17,6 +17,7 @@ from vllm_sirius.ffn.kernels.native import KernelChoice
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
+from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.model_shape import ModelShape
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.sparsity.coarse import CoarseSelection
@@ -106,21 +107,17 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
     return ffns, selector
 
 
-def prove_and_announce(
-    target: LoadedTarget,
-    ffns: ReducedFFNs,
-    draft_forward: Callable[[], object],
-    vllm_config: Any,
-    device: torch.device,
-) -> None:
-    """The start-up self-test, then the start-up line.
+def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device: torch.device) -> DraftModel:
+    """Makes the draft, then the start-up self-test and the start-up line.
 
     Args:
         target: The target, with the switch installed.
         ffns: The switch.
-        draft_forward: One pass of the whole model as drafts run it, called in draft mode.
         vllm_config: The engine's config.
         device: Where the model lives.
+
+    Returns:
+        The draft.
 
     Raises:
         SiriusIntegrationError: If the draft turns out not to be reduced.
@@ -132,8 +129,11 @@ def prove_and_announce(
     if ffns.backend is not None and not backend_reproduces_ffns(ffns, dtype, device):
         ffns.drop_backend()
         kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
-    difference = assert_draft_is_reduced(ffns, draft_forward, dtype, device)
+    draft = DraftModel(target.model, ffns, vllm_config)
+    with set_current_vllm_config(vllm_config):
+        difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
     _announce(config, target.shape, ffns.num_bytes, kernels, difference)
+    return draft
 
 
 def _announce(

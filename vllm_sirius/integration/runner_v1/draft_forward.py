@@ -6,10 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from vllm.forward_context import set_forward_context
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.integration.draft_model import DraftModel
 
 
 def draft_slot_mapping(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -35,31 +34,19 @@ class DraftForward:
     Args:
         runner: The V1 model runner, after the target's forward pass of this step.
         common_attn_metadata: Attention metadata of that pass, for what does not change from pass to pass.
-        ffns: The switch between target and draft.
+        draft: The draft.
     """
 
-    def __init__(self, runner: Any, common_attn_metadata: Any, ffns: ReducedFFNs) -> None:
+    def __init__(self, runner: Any, common_attn_metadata: Any, draft: DraftModel) -> None:
         self._runner = runner
         self._common = common_attn_metadata
-        self._ffns = ffns
+        self._draft = draft
 
     def __call__(self, rows: list[int], token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Runs the step; see `drafting.loop.DraftForward`."""
         runner = self._runner
         attn_metadata, slot_mapping = self._attention(rows, positions)
-        with (
-            set_forward_context(
-                attn_metadata,
-                runner.vllm_config,
-                num_tokens=len(rows),
-                slot_mapping=slot_mapping,
-                skip_compiled=True,  # the draft mode is a Python flag, which a compiled graph would have frozen
-            ),
-            self._ffns.draft_mode(),
-        ):
-            hidden_states = runner.model(
-                input_ids=token_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
-            )
+        hidden_states = self._draft.forward(token_ids, positions, attn_metadata, slot_mapping=slot_mapping)
         logits: torch.Tensor = runner.model.compute_logits(hidden_states)
         return logits
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.forward_context import set_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_sirius.drafting.loop import draft_tokens
+from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.load_packed import load_target
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.speculative_config import METHOD, sirius_config
-from vllm_sirius.integration.target import prove_and_announce
+from vllm_sirius.integration.target import make_draft
 
 
 class SiriusCPUModelRunner(CPUModelRunner):
@@ -25,6 +25,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
     """
 
     drafter: SiriusProposer
+    draft_model: DraftModel
     rejection_sampler: Any
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -47,20 +48,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
         target = load_target(self.vllm_config)
         self.model = target.model
         self.drafter.attach(target)
-        prove_and_announce(
-            target, self.drafter.ffns, self._forward_without_attention, self.vllm_config, torch.device("cpu")
-        )
-
-    @torch.inference_mode()
-    def _forward_without_attention(self) -> None:
-        """One token through the model as drafts run it; without KV pages attention leaves its output undefined."""
-        with set_forward_context(None, self.vllm_config, num_tokens=1, skip_compiled=True):
-            self.model(
-                input_ids=torch.zeros(1, dtype=torch.int32),
-                positions=torch.zeros(1, dtype=torch.int64),
-                intermediate_tensors=None,
-                inputs_embeds=None,
-            )
+        self.draft_model = make_draft(target, self.drafter.ffns, self.vllm_config, torch.device("cpu"))
 
     def _update_states(self, scheduler_output: Any) -> Any:
         corrections = super()._update_states(scheduler_output)
@@ -98,7 +86,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
             scheduler_output.num_spec_tokens_to_schedule,
         )
         if requests:
-            forward = DraftForward(self, common_attn_metadata, self.drafter.ffns)
+            forward = DraftForward(self, common_attn_metadata, self.draft_model)
             for row, tokens in draft_tokens(requests, forward).items():
                 drafts[row] = tokens
         self.drafter.remember_drafts(self.input_batch.req_ids, drafts)

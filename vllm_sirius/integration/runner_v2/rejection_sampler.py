@@ -47,7 +47,27 @@ class SiriusRejectionSampler(RejectionSampler):
         seq_lens_upper_bound_np: Any,
         verify_draft_sampled: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As upstream's, with Sirius's rule: processed logits, sampled tokens and their number per request."""
+        """As upstream's, with Sirius's rule: processed logits, sampled tokens and their number per request.
+
+        Drafts that were drawn from a distribution are upstream's to judge: that is standard rejection sampling.
+        """
+        is_draft = self._is_draft(expanded_idx_mapping, expanded_local_pos)
+        if draft_logits is not None:
+            verify_draft_sampled = torch.where(is_draft | (expanded_local_pos == 0), verify_draft_sampled, -1)
+            judged: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super()._verify(
+                logits,
+                draft_logits,
+                draft_sampled,
+                pos,
+                cu_num_logits,
+                idx_mapping,
+                idx_mapping_np,
+                expanded_idx_mapping,
+                expanded_local_pos,
+                seq_lens_upper_bound_np,
+                verify_draft_sampled,
+            )
+            return judged
         processed = self.sampler.apply_sampling_params(
             logits,
             expanded_idx_mapping,
@@ -58,39 +78,43 @@ class SiriusRejectionSampler(RejectionSampler):
             expanded_local_pos,
             seq_lens_upper_bound_np,
         )
+        temperature = self.sampler.sampling_states.temperature
+        if bool((temperature.np[idx_mapping_np] == 0.0).all()):
+            own = processed.argmax(dim=-1)
+        else:
+            own = self._sample(processed, expanded_idx_mapping, pos)
+        # A row of logits judges the input of the next row, if that is a draft of the same request.
+        drafts = torch.where(is_draft, verify_draft_sampled.long(), -1)
+        drafts = torch.cat([drafts[1:], drafts.new_full((1,), -1)])
+        if self._config.lossless:
+            accepted = accept_own_choice(drafts, own)
+        else:
+            slots = expanded_idx_mapping.long()
+            sharpness = torch.where(temperature.gpu[slots] == 0.0, self._config.threshold_temperature, 1.0)
+            accepted = accept_by_threshold(drafts, own, processed, self._table.thresholds[slots], sharpness)
+        sampled, num_sampled = pick_tokens(own, drafts, accepted, cu_num_logits, self.num_speculative_steps + 1)
+        return processed, sampled, num_sampled
+
+    def _sample(self, processed: torch.Tensor, slots: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        """The target's own choice at each row, by the noise that plain decoding would use there, ``int64 [num_logits]``."""
         states = self.sampler.sampling_states
-        temperature = states.temperature.gpu
-        own = gumbel_sample(
+        own: torch.Tensor = gumbel_sample(
             processed,
-            expanded_idx_mapping,
-            temperature,
+            slots,
+            states.temperature.gpu,
             states.seeds.gpu,
             pos,
             apply_temperature=False,
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
-        drafts = self._drafts(verify_draft_sampled, expanded_idx_mapping, expanded_local_pos)
-        if self._config.lossless:
-            accepted = accept_own_choice(drafts, own)
-        else:
-            slots = expanded_idx_mapping.long()
-            sharpness = torch.where(temperature[slots] == 0.0, self._config.threshold_temperature, 1.0)
-            accepted = accept_by_threshold(drafts, own, processed, self._table.thresholds[slots], sharpness)
-        sampled, num_sampled = pick_tokens(own, drafts, accepted, cu_num_logits, self.num_speculative_steps + 1)
-        return processed, sampled, num_sampled
+        return own
 
-    def _drafts(self, inputs: torch.Tensor, slots: torch.Tensor, local_pos: torch.Tensor) -> torch.Tensor:
-        """The draft that each row of logits judges: the input of the next row, if that is a draft of the same request.
+    def _is_draft(self, slots: torch.Tensor, local_pos: torch.Tensor) -> torch.Tensor:
+        """Whether the input of each row is a token that the request drafted, ``bool [num_logits]``.
 
         Args:
-            inputs: Input token of each row, -1 for a placeholder, ``int [num_logits]``.
             slots: Slot of each row.
             local_pos: Place of each row in its request, 0 for the last token of the text.
-
-        Returns:
-            ``int64 [num_logits]``, -1 where there is none.
         """
-        is_draft = (local_pos > 0) & (local_pos <= self._table.num_drafted[slots.long()])
-        drafts = torch.where(is_draft, inputs.long(), -1)
-        return torch.cat([drafts[1:], drafts.new_full((1,), -1)])
+        return (local_pos > 0) & (local_pos <= self._table.num_drafted[slots.long()])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.forward_context import BatchDescriptor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer, init_attn_backend
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
@@ -22,13 +22,14 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import S
 
 from vllm_sirius.drafting.device_batch import DraftBatch, DraftTable
 from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.load_plain import read_target
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
 from vllm_sirius.integration.runner_v2.model_state import mix_into
 from vllm_sirius.integration.runner_v2.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.runner_v2.request_state import SiriusRequestState
 from vllm_sirius.integration.speculative_config import sirius_config
-from vllm_sirius.integration.target import LoadedTarget, install_switch, prove_and_announce
+from vllm_sirius.integration.target import LoadedTarget, install_switch, make_draft
 from vllm_sirius.sparsity.selector import NeuronSelector
 
 
@@ -51,6 +52,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         self._target: LoadedTarget | None = None
         self._selector: NeuronSelector | None = None
         self._state: SiriusRequestState
+        self._draft: DraftModel
         self._layer_names: set[str] = set()
         self.decode_cudagraph_manager: SpeculatorCudaGraphManager | None = None
         self._rows = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
@@ -92,21 +94,10 @@ class SiriusSpeculator(DraftModelSpeculator):
         self.ffns, self._selector = install_switch(target, self.vllm_config)
         self._state = SiriusRequestState(self.config, self.table, self.ffns.statistics, self.max_model_len)
         mix_into(target_model, self.vllm_config, self._state, self._make_rejection_sampler)
-        prove_and_announce(target, self.ffns, self._forward_without_attention, self.vllm_config, self.device)
+        self._draft = make_draft(target, self.ffns, self.vllm_config, self.device)
 
     def _make_rejection_sampler(self, sampler: Any) -> SiriusRejectionSampler:
         return SiriusRejectionSampler(sampler, self.speculative_config, self.device, self.table)
-
-    @torch.inference_mode()
-    def _forward_without_attention(self) -> None:
-        """One token through the model as drafts run it; without KV pages attention leaves its output undefined."""
-        with set_forward_context(None, self.vllm_config, num_tokens=1, skip_compiled=True):
-            self.model(
-                input_ids=torch.zeros(1, dtype=torch.int32, device=self.device),
-                positions=torch.zeros(1, dtype=torch.int64, device=self.device),
-                intermediate_tensors=None,
-                inputs_embeds=None,
-            )
 
     def set_attn(
         self,
@@ -251,28 +242,25 @@ class SiriusSpeculator(DraftModelSpeculator):
         cudagraph_mode: CUDAGraphMode,
         num_speculative_steps: int = 1,
     ) -> None:
-        """One token of every row through the reduced target; what a captured graph holds.
-
-        The draft mode is a Python flag, which a compiled graph would have frozen, so the modules run uncompiled.
-        """
-        with (
-            set_forward_context(
-                attn_metadata,
-                self.vllm_config,
-                num_tokens=num_tokens,
-                cudagraph_runtime_mode=cudagraph_mode,
-                num_tokens_across_dp=num_tokens_across_dp,
-                slot_mapping=slot_mappings,
-                batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
-                skip_compiled=True,
-            ),
-            self.ffns.draft_mode(),
-        ):
-            hidden_states = self.model(
-                input_ids=self.input_buffers.input_ids[:num_tokens],
-                positions=self.input_buffers.positions[:num_tokens],
-                intermediate_tensors=None,
-                inputs_embeds=None,
-            )
-        logits = self.model.compute_logits(hidden_states[:num_reqs])
-        self._batch.advance(num_reqs, logits.argmax(dim=-1))
+        """One token of every row through the reduced target; what a captured graph holds."""
+        hidden_states = self._draft.forward(
+            self.input_buffers.input_ids[:num_tokens],
+            self.input_buffers.positions[:num_tokens],
+            attn_metadata,
+            cudagraph_runtime_mode=cudagraph_mode,
+            num_tokens_across_dp=num_tokens_across_dp,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
+        )
+        token_ids = self.sample_draft(
+            hidden_states[:num_reqs],
+            self.input_buffers.positions[
+                :num_reqs
+            ],  # of the input token: the key by which the target draws there as well
+            self.idx_mapping[:num_reqs],
+            self.temperature,
+            self.seeds,
+            self._batch.step,
+            self.draft_logits,
+        )
+        self._batch.advance(num_reqs, token_ids)

@@ -1,0 +1,58 @@
+"""The GPU's layout and kernels in a real engine: plain shared weights, Triton interpreted (runner v2)."""
+
+import random
+
+import pytest
+from support.engine_host import EngineHost
+from support.tiny_models import build
+
+PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17))]
+SAMPLING = {"max_tokens": 12, "ignore_eos": True}
+LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 4}
+MODELS = ["llama", "gemma2"]
+
+
+@pytest.fixture(scope="module")
+def gpu_host():
+    with EngineHost(runner="v2") as host:
+        host.probe_static("support.plain_layout:keep_ffn_weights_plain")
+        yield host
+
+
+def engine(name, tmp_path_factory, **options):
+    root = tmp_path_factory.getbasetemp().parent / "tiny-models"
+    return {"model": str(build(name, root)), "max_model_len": 64, "max_num_seqs": 2, **options}
+
+
+@pytest.mark.parametrize("sparsity", ["coarse", "fine"])
+@pytest.mark.parametrize("name", MODELS)
+def test_drafts_share_the_targets_memory_and_lose_nothing_v2(gpu_host, tmp_path_factory, name, sparsity):
+    plain = engine(name, tmp_path_factory)
+    reference = gpu_host.generate(plain, PROMPTS, SAMPLING)
+    before = gpu_host.probe(plain, "support.plain_layout:layout_report")
+    sparse = engine(name, tmp_path_factory, speculative_config={**LOSSLESS, "sparsity": sparsity})
+    found = gpu_host.generate(sparse, PROMPTS, SAMPLING)
+    assert found.token_ids == reference.token_ids
+    assert 0 < found.num_accepted_tokens < found.num_draft_tokens
+    report = gpu_host.probe(sparse, "support.plain_layout:layout_report")
+    assert report["backend"] == "TritonBackend"
+    assert report["weight_bytes"] == before["weight_bytes"]
+    assert report["extra_bytes"] == 0
+    assert 0 < report["draft_bytes"] < report["weight_bytes"]
+    assert all(report["down_is_transposed"])
+    assert report["kernel_feeds_statistics"]
+    assert report["draft_calls"] > 0
+    assert report["energy"] > 0 or sparsity == "fine"
+
+
+def test_the_kernels_accept_what_the_masked_draft_accepts_v2(gpu_host, tmp_path_factory):
+    """Same statistics, same neurons, same drafts: native Triton kernels against the model's own masked FFNs."""
+    found = {}
+    for name, host in (("triton", gpu_host), ("masked", None)):
+        options = engine("llama", tmp_path_factory, speculative_config=LOSSLESS)
+        if host is None:
+            with EngineHost({"VLLM_SIRIUS_NATIVE_KERNELS": "0"}, runner="v2") as masked:
+                found[name] = masked.generate(options, PROMPTS, SAMPLING)
+        else:
+            found[name] = host.generate(options, PROMPTS, SAMPLING)
+    assert found["triton"] == found["masked"]

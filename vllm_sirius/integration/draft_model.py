@@ -1,0 +1,71 @@
+"""The draft as a callable model, for both runners: a compiled clone of the target where that works, else the target itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.forward_context import set_forward_context
+
+from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.integration.compiled_draft import can_compile, clone_draft
+
+NUM_TRIAL_TOKENS = 4
+"""Tokens of the forward pass that tries the draft out at start-up; a compiler would take 1 for a constant."""
+
+
+class DraftModel:
+    """One token per row through the reduced target.
+
+    Args:
+        model: The target, with the switch installed.
+        ffns: The switch.
+        vllm_config: The engine's config.
+
+    Attributes:
+        compiled: Whether a compiled clone drafts. Otherwise the target's modules run uncompiled, in draft mode, because a
+            compiled graph would have frozen the mode.
+    """
+
+    def __init__(self, model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> None:
+        self._ffns = ffns
+        self._vllm_config = vllm_config
+        self.compiled = can_compile(model, ffns, vllm_config)
+        self._model = clone_draft(model, ffns, vllm_config) if self.compiled else model
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any, **context: Any
+    ) -> torch.Tensor:
+        """Runs the draft.
+
+        Args:
+            input_ids: ``int32 [num_tokens]``.
+            positions: ``int64 [num_tokens]``.
+            attn_metadata: Attention metadata by layer, or ``None`` for a trial run without KV pages.
+            **context: More of upstream's `set_forward_context`.
+
+        Returns:
+            Hidden states, ``[num_tokens, hidden_size]``.
+        """
+        num_tokens = input_ids.shape[0]
+        with (
+            set_forward_context(
+                attn_metadata, self._vllm_config, num_tokens=num_tokens, skip_compiled=not self.compiled, **context
+            ),
+            self._ffns.draft_mode(),
+        ):
+            hidden_states: torch.Tensor = self._model(
+                input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+        return hidden_states
+
+    @torch.inference_mode()
+    def try_out(self, device: torch.device) -> None:
+        """Runs a few tokens without KV pages, which leaves attention's output undefined; compiles the clone.
+
+        Args:
+            device: Where the model lives.
+        """
+        token_ids = torch.zeros(NUM_TRIAL_TOKENS, dtype=torch.int32, device=device)
+        self.forward(token_ids, torch.arange(NUM_TRIAL_TOKENS, dtype=torch.int64, device=device), None)
