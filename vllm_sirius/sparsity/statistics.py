@@ -215,10 +215,10 @@ class NeuronStatistics:
 
     def _fade(self, slot: int, count: int) -> torch.Tensor:
         """Makes room for `count` new tokens in a slot: fades what is there, returns the weights of the new ones."""
-        weights = self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32)
+        weights = [self.decay**age for age in range(count - 1, -1, -1)]
         self.tables[slot].mul_(self.decay**count)
-        self.weight[slot].mul_(self.decay**count).add_(float(weights.sum()))
-        return weights
+        self.weight[slot].mul_(self.decay**count).add_(sum(weights))
+        return torch.tensor(weights)
 
     def learn_prior(self, slot: int) -> None:
         """Moves the model-wide prior towards a request whose prompt is complete."""
