@@ -9,7 +9,6 @@ from support.tiny_models import build
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17))]
 SAMPLING = {"max_tokens": 12, "ignore_eos": True}
 LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 4}
-MODELS = ["llama", "gemma2"]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,15 @@ def engine(name, tmp_path_factory, **options):
     return {"model": str(build(name, root)), "max_model_len": 64, "max_num_seqs": 2, **options}
 
 
-@pytest.mark.parametrize("sparsity", ["coarse", "fine"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "sparsity"),
+    [
+        ("llama", "coarse"),
+        ("gemma2", "fine"),
+        pytest.param("llama", "fine", marks=pytest.mark.slow),
+        pytest.param("gemma2", "coarse", marks=pytest.mark.slow),
+    ],
+)
 def test_drafts_share_the_targets_memory_and_lose_nothing_v2(gpu_host, tmp_path_factory, name, sparsity):
     plain = engine(name, tmp_path_factory)
     reference = gpu_host.generate(plain, PROMPTS, SAMPLING)
