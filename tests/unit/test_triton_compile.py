@@ -15,6 +15,7 @@ import torch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from benchmarks.gpu import glue  # noqa: E402
 from vllm_sirius import acceptance_triton  # noqa: E402
 from vllm_sirius.ffn.kernels.triton import kernels, projection, selection, statistics, tuning  # noqa: E402
 
@@ -26,6 +27,7 @@ POINTERS = {
     "activated": "*fp32",
     "activation": "*bf16",
     "count": "*i32",
+    "delta": "*bf16",
     "cu_num_logits": "*i32",
     "down_rows": "*bf16",
     "draft_token_ids": "*i64",
@@ -35,6 +37,7 @@ POINTERS = {
     "hidden": "*bf16",
     "indices": "*i32",
     "inputs": "*bf16",
+    "keys": "*bf16",
     "norms": "*fp32",
     "num_sampled": "*i32",
     "output": "*bf16",
@@ -42,10 +45,16 @@ POINTERS = {
     "partial": "*fp32",
     "pending": "*bf16",
     "pending_row": "*i32",
+    "positions": "*i64",
+    "qkv": "*bf16",
+    "queries": "*bf16",
+    "residual": "*bf16",
     "sampled": "*i64",
     "token_slot": "*i32",
     "token_weight": "*fp32",
     "up": "*bf16",
+    "values": "*bf16",
+    "weight": "*bf16",
 }
 
 
@@ -60,8 +69,9 @@ def compile_for(capability: int, kernel: Any, constants: dict[str, Any], warps: 
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
-        signature[name] = "constexpr" if name in constants else POINTERS.get(name, "i32")
-        if name not in constants and name != "num_tokens":
+        kind = "fp32" if name in ("epsilon", "theta") else POINTERS.get(name, "i32")
+        signature[name] = "constexpr" if name in constants else kind
+        if name not in constants and name != "num_tokens" and kind != "fp32":
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
@@ -105,6 +115,15 @@ def test_other_kernels_compile(capability: int) -> None:
         constants = {"block_tokens": block_tokens, "block_neurons": 64}
         compile_for(capability, statistics.add_shares_kernel, constants)
     compile_for(capability, acceptance_triton.pick_tokens_kernel, {"block": 16}, warps=1)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_kernels_of_the_benchmark_compile(capability: int) -> None:
+    compile_for(capability, glue._add_rms_norm_kernel, {"has_delta": True, "block": 4096}, warps=8)
+    compile_for(capability, glue._silu_and_mul_kernel, {"block": 1024})
+    compile_for(capability, glue._rotate_and_store_kernel, {"half": 64}, warps=1)
+    # A single token, which Triton makes a constant.
+    compile_for(capability, glue._rotate_and_store_kernel, {"half": 64, "tokens": 1}, warps=1)
 
 
 @pytest.mark.slow
