@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno")
-SOURCE = "gated_ffn.cpp"
+SOURCES = ("gated_ffn.cpp", "low_bit.cpp")
 LIBRARY = "gated_ffn.so"
 BUILD_SECONDS = 300
 
@@ -69,7 +69,8 @@ def build_library() -> Path:
     except OSError as error:
         raise KernelBuildError(f"the cache folder for compiled CPU kernels is not writable: {error}") from error
     try:
-        _run([*compiler, *FLAGS, str(Path(__file__).with_name(SOURCE)), "-o", temporary])
+        sources = [str(Path(__file__).with_name(source)) for source in SOURCES]
+        _run([*compiler, *FLAGS, *sources, "-o", temporary])
         Path(temporary).replace(library)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -151,3 +152,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.sirius_coarse_ffn.restype = number
     library.sirius_fine_ffn.argtypes = [pointer] * 3 + [size] * 4 + [number] * 3
     library.sirius_fine_ffn.restype = None
+    library.sirius_low_bit_coarse_ffn.argtypes = [pointer] * 5 + [size] * 4 + [number] * 4
+    library.sirius_low_bit_coarse_ffn.restype = number
+    library.sirius_low_bit_fine_ffn.argtypes = [pointer] * 4 + [size] * 4 + [number] * 4
+    library.sirius_low_bit_fine_ffn.restype = None
+    library.sirius_low_bit_linear.argtypes = [pointer] * 5 + [size] * 3 + [number] * 3
+    library.sirius_low_bit_linear.restype = None

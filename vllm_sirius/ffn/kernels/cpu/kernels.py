@@ -13,10 +13,11 @@ import torch
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels.cpu.build import load_library
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.GELU: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATION_CODES = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.GELU: 2}
+"""Numbers of the dtypes and activations in the C interface."""
 
-SUPPORTED_DTYPES = tuple(_DTYPES)
+SUPPORTED_DTYPES = tuple(DTYPE_CODES)
 
 
 def instruction_set() -> str:
@@ -45,8 +46,7 @@ def coarse_ffn(
         KernelBuildError: If the kernels cannot be compiled.
     """
     _check(inputs, rows)
-    if indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous() or not indices.is_cpu:
-        raise ValueError(f"indices must be contiguous int32 [kept] on CPU, not {_describe(indices)}")
+    check_indices(indices)
     inputs = inputs.contiguous()
     output = torch.empty_like(inputs)
     if indices.numel() == 0 or output.numel() == 0:
@@ -59,8 +59,8 @@ def coarse_ffn(
         *inputs.shape,
         rows.shape[0],
         indices.shape[0],
-        _DTYPES[rows.dtype],
-        _ACTIVATIONS[Activation(activation)],
+        DTYPE_CODES[rows.dtype],
+        ACTIVATION_CODES[Activation(activation)],
         torch.get_num_threads(),
     )
     if failed:
@@ -101,22 +101,29 @@ def fine_ffn(inputs: torch.Tensor, rows: torch.Tensor, num_kept: int, activation
         *inputs.shape,
         rows.shape[0],
         num_kept,
-        _DTYPES[rows.dtype],
-        _ACTIVATIONS[Activation(activation)],
+        DTYPE_CODES[rows.dtype],
+        ACTIVATION_CODES[Activation(activation)],
         torch.get_num_threads(),
     )
     return output
 
 
+def check_indices(indices: torch.Tensor) -> None:
+    """Raises `ValueError` unless `indices` are contiguous ``int32 [kept]`` on CPU."""
+    if indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous() or not indices.is_cpu:
+        raise ValueError(f"indices must be contiguous int32 [kept] on CPU, not {describe(indices)}")
+
+
 def _check(inputs: torch.Tensor, rows: torch.Tensor) -> None:
-    if rows.dtype not in _DTYPES or rows.dim() != 3 or rows.shape[1] != 3 or not rows.is_contiguous():
-        raise ValueError(f"rows must be contiguous fp32, bf16 or fp16 [neurons, 3, hidden], not {_describe(rows)}")
+    if rows.dtype not in DTYPE_CODES or rows.dim() != 3 or rows.shape[1] != 3 or not rows.is_contiguous():
+        raise ValueError(f"rows must be contiguous fp32, bf16 or fp16 [neurons, 3, hidden], not {describe(rows)}")
     if not rows.is_cpu or not inputs.is_cpu:
         raise ValueError("inputs and rows must be on CPU")
     if inputs.dim() != 2 or inputs.shape[1] != rows.shape[2] or inputs.dtype != rows.dtype:
-        raise ValueError(f"inputs must be {rows.dtype} [tokens, {rows.shape[2]}], not {_describe(inputs)}")
+        raise ValueError(f"inputs must be {rows.dtype} [tokens, {rows.shape[2]}], not {describe(inputs)}")
 
 
-def _describe(tensor: torch.Tensor) -> str:
+def describe(tensor: torch.Tensor) -> str:
+    """Layout, dtype, shape and device of a tensor, for error texts."""
     layout = "contiguous" if tensor.is_contiguous() else "strided"
     return f"{layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}"

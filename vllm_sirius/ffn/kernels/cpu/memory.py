@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 import torch
 
@@ -24,9 +25,22 @@ def empty_rows(num_neurons: int, hidden_size: int, dtype: torch.dtype) -> torch.
     Returns:
         ``[num_neurons, 3, hidden_size]`` on CPU, contiguous.
     """
-    rows = torch.empty(num_neurons, 3, hidden_size, dtype=dtype, device="cpu")
-    _prefer_huge_pages(rows)
-    return rows
+    return empty_on_huge_pages((num_neurons, 3, hidden_size), dtype)
+
+
+def empty_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Allocates an uninitialised tensor that is read in scattered pieces or as a long stream.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+
+    Returns:
+        The tensor, on CPU, contiguous.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    _prefer_huge_pages(tensor)
+    return tensor
 
 
 def _prefer_huge_pages(tensor: torch.Tensor) -> None:

@@ -1,24 +1,13 @@
-// The reduced FFN of a few neurons at a time, for one thread.
-//
-// Weights are neuron-major: row 3j of `rows` is the gate of neuron j, 3j+1 its up and 3j+2 its down row, each `width` long.
-// A group of kGroup neurons passes through all tokens before the next one starts, so weights are read from memory once.
+// Weight rows stored as fp32, bf16 or fp16 and what the reduced FFNs need of them, for one thread.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 
-#include "activation.h"
+#include "layout.h"
 #include "packing.h"
 
 namespace sirius {
-
-constexpr int kGroup = 16;       // neurons whose down rows are held in registers together
-constexpr int kTile = 4;         // weight rows that share the loads of a few tokens
-constexpr int kMaxTokens = 32;   // tokens per pass over the weights
-constexpr int kAhead = 8;        // neurons between the gate and up rows in work and the ones prefetched
-constexpr int kSecondLevel = 2;  // prefetch into the second-level cache: a group does not fit into the first
-
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 template <typename Weight>
 struct Layout {
@@ -136,5 +125,54 @@ void mix_group(const Weight* const* down, const Weight* const* next, const typen
         mix_columns<Weight>(at, 0, hidden, count, output + column, stride);
     }
 }
+
+// The rows of an FFN and the tokens that pass through them.
+template <typename Weight>
+struct PlainRows {
+    using Pack = Packing<Weight>;
+    using Stored = typename Pack::Stored;
+    static constexpr int kUnit = Pack::kColumns;  // columns that are put in order together
+
+    const Weight* rows;
+    int64_t row_width;
+    Tokens<Weight> tokens;
+
+    PlainRows of_member(int) const { return *this; }
+    int count() const { return tokens.count; }
+    int64_t width() const { return row_width; }
+    int64_t stride() const { return tokens.stride; }
+    const Weight* row(int64_t number) const { return rows + number * row_width; }
+
+    // totals[token][row] of kTile rows for every token, while the kTile rows of `next` are prefetched.
+    void dots(const int64_t* numbers, const int64_t* next, float* totals) const {
+        const Weight* at[kTile];
+        const Weight* ahead[kTile];
+        for (int r = 0; r < kTile; r++) {
+            at[r] = row(numbers[r]);
+            ahead[r] = row(next[r]);
+        }
+        dot_rows<Weight>(at, tokens, row_width, ahead, totals);
+    }
+
+    // output[token] += sum over the group of hidden[token][neuron] * down row. Lanes stay as Packing mixes them.
+    void mix(const int64_t* down, const int64_t* next, const float* hidden, float* output) const {
+        const Weight* at[kGroup];
+        const Weight* ahead[kGroup];
+        for (int i = 0; i < kGroup; i++) {
+            at[i] = row(down[i]);
+            ahead[i] = row(next[i]);
+        }
+        Stored stored[kMaxTokens * kGroup];
+        for (int i = 0; i < tokens.count * kGroup; i++) stored[i] = Pack::stored(hidden[i]);
+        mix_group<Weight>(at, ahead, stored, tokens.count, row_width, output, tokens.stride);
+    }
+
+    static void in_order(float* unit) {
+        Vec parts[Pack::kParts];
+        for (int p = 0; p < Pack::kParts; p++) parts[p] = load(unit + p * Vec::kWidth);
+        Pack::in_order(parts);
+        for (int p = 0; p < Pack::kParts; p++) store(unit + p * Vec::kWidth, parts[p]);
+    }
+};
 
 }  // namespace sirius
