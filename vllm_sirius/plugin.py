@@ -1,7 +1,7 @@
 """Entry point ``vllm.general_plugins``: runs in every vLLM process of a machine that has the package.
 
 `register` never raises and never changes a vLLM it was not written for: a user who does not ask for Sirius must not
-notice it. Where the hooks cannot be installed it only remembers why, and says so when the method is asked for.
+notice it. Where Sirius cannot be attached it only remembers why, and says so when the method is asked for.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ _reason: str | None = None
 
 
 def register() -> None:
-    """Installs the hooks once per process, or a single one that explains why Sirius is not available."""
+    """Attaches Sirius once per process: by vLLM's registry of methods if it has one (`integration.native`), else by hooks.
+
+    Where neither is possible, a single hook explains why Sirius is not available.
+    """
     global _registered, _reason
     if _registered:
         return
     _registered = True
     _reason = _version_mismatch()
     if _reason is None:
-        _reason = _install_hooks()
+        _reason = _attach()
     if _reason is not None:
         _explain_on_request(_reason)
 
@@ -61,12 +64,14 @@ def _version_mismatch() -> str | None:
     )
 
 
-def _install_hooks() -> str | None:
+def _attach() -> str | None:
+    from vllm_sirius.integration import native
     from vllm_sirius.integration.hook_engine import install
     from vllm_sirius.integration.installed_hooks import HOOKS
 
     try:
-        install(HOOKS, check_fingerprints=os.environ.get(ALLOW_UNTESTED) != "1")
+        if not native.register():
+            install(HOOKS, check_fingerprints=os.environ.get(ALLOW_UNTESTED) != "1")
     except SiriusIntegrationError as error:
         return str(error)
     return None

@@ -13,13 +13,17 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from support.real_models import ROOT, SMOL, model_path
 
 LEDGER = ROOT / "patches" / "README.md"
-FIELDS = ["Process", "Fingerprint", "Why", "Delta", "Untouched", "Test", "Upstream", "Remove when"]
-PROCESSES = {"every": "every process that loads the plugin", "worker": "worker of an engine with Sirius"}
+FIELDS = ["Process", "Fingerprint", "Why", "Delta", "Untouched", "Test", "Upstream", "Patch", "Remove when"]
+PROCESSES = {
+    "every": "every process that loads the plugin",
+    "worker": "worker of an engine with Sirius on Model Runner V1",
+}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 TIMEOUT = 600
 
@@ -35,6 +39,10 @@ def ask(probe, *arguments, environment=None):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))[6:])
+
+
+def is_constant(stored):
+    return not callable(plain(stored)) or hasattr(stored, "__args__")
 
 
 def plain(stored):
@@ -80,7 +88,8 @@ def probe_installation(relied_on):
                 "why": hook.why,
                 "untouched": hook.untouched,
                 "remove_when": hook.remove_when,
-                "upstream_code": before[hook.target].__code__.co_filename,
+                "constant": is_constant(before[hook.target]),
+                "upstream_code": getattr(getattr(before[hook.target], "__code__", None), "co_filename", None),
             }
             for hook in hooks
         ],
@@ -96,10 +105,16 @@ def probe_installation(relied_on):
     plugin.register()
     report["wrapped_once"] = [target for target in after if plain(resolve(target)[2]) is after[target]]
     install(worker_hooks())
+    functions = {target: function for target, function in before.items() if not is_constant(function)}
     report["changed_signatures"] = [
-        target for target in before if not accepts_the_calls_of(before[target], plain(resolve(target)[2]))
+        target for target in functions if not accepts_the_calls_of(before[target], plain(resolve(target)[2]))
     ]
-    report["hands_over"] = [target for target in before if plain(resolve(target)[2]).__wrapped__ is before[target]]
+    report["hands_over"] = [target for target in functions if plain(resolve(target)[2]).__wrapped__ is before[target]]
+    report["constants"] = {
+        target: [sorted(get_args(before[target])), sorted(get_args(resolve(target)[2]))]
+        for target in before
+        if target not in functions
+    }
     report |= probe_rejection_sample()
     return report
 
@@ -112,9 +127,9 @@ def probe_rejection_sample():
 
     with acceptance_rule(lambda *arguments, **options: ["ours", arguments, options]):
         inside = rejection_sampler.rejection_sample(1, top=2)
-    rule = inspect.signature(SiriusRejectionSampler._judge).parameters
+    rule = inspect.signature(SiriusRejectionSampler.rejection_sample).parameters
     upstream = inspect.signature(rejection_sampler.rejection_sample).parameters
-    named = [p.name for p in rule.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ("self", "noise")]
+    named = [p.name for p in rule.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
     return {
         "rule_inside": inside,
         "rule_outside": error_of(rejection_sampler.rejection_sample),
@@ -123,9 +138,38 @@ def probe_rejection_sample():
     }
 
 
+def probe_speculator(model):
+    """Which speculator Model Runner V2 would build; its modules need Triton, so the classes are stand-ins."""
+    from types import ModuleType, SimpleNamespace
+
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm.v1.worker.gpu import spec_decode
+
+    for name, built in (
+        ("vllm_sirius.integration.runner_v2.speculator", "SiriusSpeculator"),
+        ("vllm.v1.worker.gpu.spec_decode.ngram.speculator", "NgramGPUSpeculator"),
+    ):
+        sys.modules[name] = ModuleType(name)
+        setattr(sys.modules[name], built, lambda *arguments, built=built: [built, len(arguments)])
+    sirius = EngineArgs(model=model, max_model_len=128, speculative_config={"method": "sirius"}).create_engine_config()
+    ngram = SimpleNamespace(
+        method="ngram_gpu",
+        use_ngram=lambda: True,
+        **{name: lambda: False for name in ("use_gemma4_mtp", "use_multi_module_mtp", "use_eagle", "uses_draft_model")},
+    )
+    return {
+        "sirius": spec_decode.init_speculator(sirius, "cpu", None),
+        "ngram": spec_decode.init_speculator(SimpleNamespace(speculative_config=ngram), "cpu", None),
+    }
+
+
 def probe_behaviour(model):
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     def create(**options):
@@ -134,6 +178,23 @@ def probe_behaviour(model):
     def parse(*flags):
         given = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(list(flags))
         return [given.spec_method, given.spec_model, given.spec_tokens]
+
+    def async_scheduling(**options):
+        """What vLLM decides by itself and for a user who asks for it, before the CPU platform switches it off."""
+        decided = []
+        update = current_platform.check_and_update_config
+
+        def note_and_update(config):
+            decided.append(config.scheduler_config.async_scheduling)
+            update(config)
+
+        current_platform.check_and_update_config = note_and_update
+        try:
+            create(**options)
+            asked = error_of(create, async_scheduling=True, **options)
+        finally:
+            del current_platform.check_and_update_config
+        return [decided[0], asked is None]
 
     configs = {
         "none": create(),
@@ -145,6 +206,11 @@ def probe_behaviour(model):
         "classes": {name: type(config.speculative_config).__name__ for name, config in configs.items()},
         "workers": {name: config.parallel_config.worker_cls for name, config in configs.items()},
         "lookahead": {name: config.num_lookahead_tokens for name, config in configs.items()},
+        "async": {
+            "none": async_scheduling(),
+            "ngram": async_scheduling(speculative_config=dict(NGRAM)),
+            "sirius": async_scheduling(speculative_config={"method": "sirius"}),
+        },
         "refusal": error_of(create, speculative_config={"method": "sirius"}, pipeline_parallel_size=2),
         "same_without": error_of(create, pipeline_parallel_size=2),
         "parsed": [
@@ -208,7 +274,7 @@ def probe_absence(model):
 def read_ledger():
     """Fields of each hook in the ledger, and the fingerprints of the symbols that attachments rely on."""
     text = LEDGER.read_text()
-    hooks_part, _, rest = text.partition("## Attachments without a hook")
+    hooks_part, _, rest = text.partition("## Source patches")
     hooks = {}
     for section in hooks_part.split("\n### ")[1:]:
         target = section.partition("\n")[0].strip("`")
@@ -252,7 +318,8 @@ def test_hooked_symbols_are_the_ones_the_hooks_were_written_for(installation):
         hook["target"]: hook["pinned"] for hook in installation["hooks"]
     }
     for hook in installation["hooks"]:
-        assert f"{os.sep}vllm{os.sep}" in hook["upstream_code"], "somebody else replaced it first"
+        if not hook["constant"]:
+            assert f"{os.sep}vllm{os.sep}" in hook["upstream_code"], "somebody else replaced it first"
 
 
 def test_symbols_that_attachments_rely_on_are_unchanged(installation):
@@ -273,7 +340,9 @@ def test_register_is_idempotent(installation):
 
 def test_wrappers_take_what_the_originals_take_and_keep_them(installation):
     assert installation["changed_signatures"] == []
-    assert installation["hands_over"] == [hook["target"] for hook in installation["hooks"]]
+    assert installation["hands_over"] == [hook["target"] for hook in installation["hooks"] if not hook["constant"]]
+    for before, after in installation["constants"].values():
+        assert after == sorted([*before, "sirius"])
 
 
 def test_acceptance_rule_is_ours_only_inside_its_context(installation):
@@ -297,7 +366,7 @@ def test_speculative_config_is_ours_for_sirius_alone(behaviour):
 
 def test_worker_is_chosen_and_setups_are_judged_for_sirius_alone(behaviour):
     workers = behaviour["workers"]
-    assert workers["sirius"] == "vllm_sirius.integration.runner_v1.worker.SiriusCPUWorker"
+    assert workers["sirius"] == "vllm_sirius.integration.cpu_worker.SiriusCPUWorker"
     assert workers["ngram"] == workers["none"] == "vllm.v1.worker.cpu_worker.CPUWorker"
     assert "pipeline_parallel_size=2" in behaviour["refusal"]
     assert behaviour["same_without"] is None
@@ -316,6 +385,15 @@ def test_lookahead_slots_are_reserved_for_sirius_alone(behaviour):
     assert behaviour["lookahead"] == {"none": 0, "ngram": 0, "sirius": 15}
 
 
+def test_async_scheduling_stays_possible(behaviour):
+    assert behaviour["async"] == {"none": [True, True], "ngram": [False, False], "sirius": [True, True]}
+
+
+def test_speculator_is_ours_for_sirius_alone():
+    found = ask(probe_speculator, model_path(SMOL))
+    assert found == {"sirius": ["SiriusSpeculator", 2], "ngram": ["NgramGPUSpeculator", 3]}
+
+
 def test_request_options_are_judged_for_sirius_alone(behaviour):
     errors = behaviour["request_errors"]
     assert errors["none"] is None
@@ -327,7 +405,7 @@ def test_request_options_are_judged_for_sirius_alone(behaviour):
     ("cause", "words"),
     [
         ("version", ["supports vLLM 9.9.9", "compatibility table", "VLLM_SIRIUS_ALLOW_UNTESTED"]),
-        ("fingerprint", ["SamplingParams.verify is not the one", "compatibility table"]),
+        ("fingerprint", ["spec_decode:init_speculator is not the one", "compatibility table"]),
     ],
 )
 def test_where_nothing_fits_nothing_is_installed_and_the_reason_waits_for_sirius(cause, words):

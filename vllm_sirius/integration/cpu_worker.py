@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.v1.worker import cpu_worker
 
+from vllm_sirius.integration import native
 from vllm_sirius.integration.hook_engine import install
 from vllm_sirius.integration.installed_hooks import worker_hooks
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
@@ -35,5 +36,6 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
             return model_runner, SiriusCPUModelRunnerV2
         from vllm_sirius.integration.runner_v1.model_runner import SiriusCPUModelRunner
 
-        install(worker_hooks())
+        if not native.is_registered():
+            install(worker_hooks())
         return cpu_worker, SiriusCPUModelRunner

@@ -36,13 +36,30 @@ def _options(engine_args: Any) -> dict[str, Any]:
                 f"{flag}={value!r} and --speculative-config[{key!r}]={options[key]!r} are mutually exclusive: give one."
             )
         options[key] = value
+    return {key.replace("-", "_"): value for key, value in options.items()}
+
+
+def create_config(options: dict[str, Any], target_model_config: Any, target_parallel_config: Any) -> Any:
+    """Builds the speculative config of an engine that was asked for Sirius.
+
+    Args:
+        options: What the user gave, flags included.
+        target_model_config: The target's model config.
+        target_parallel_config: The target's parallel config.
+
+    Returns:
+        The `SiriusSpeculativeConfig`.
+
+    Raises:
+        SiriusConfigError: If an option is bad, or names another method or a draft model as well.
+    """
     for key in ("method", "model"):
         if options.get(key, METHOD) != METHOD:
             raise SiriusConfigError(
                 f"{key}={options[key]!r} contradicts the speculative method 'sirius', which drafts with the target itself: "
                 f"drop {key!r}."
             )
-    return options
+    return speculative_config.create(options, target_model_config, target_parallel_config)
 
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +67,7 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
     def wrapper(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         if not _selected(self):
             return original(self, target_model_config, target_parallel_config)
-        return speculative_config.create(_options(self), target_model_config, target_parallel_config)
+        return create_config(_options(self), target_model_config, target_parallel_config)
 
     return wrapper
 

@@ -19,13 +19,26 @@ from vllm_sirius.integration.speculative_config import sirius_config
 def _num_lookahead_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any) -> int:
-        config = sirius_config(self.speculative_config)
-        if config is None:
+        if sirius_config(self.speculative_config) is None:
             reserved: int = original(self)
             return reserved
-        return config.num_speculative_tokens
+        return num_lookahead_tokens(self.speculative_config)
 
     return wrapper
+
+
+def num_lookahead_tokens(speculative_config: Any) -> int:
+    """KV slots that the draft writes past the text.
+
+    Args:
+        speculative_config: A speculative config of Sirius.
+
+    Returns:
+        Their number.
+    """
+    config = sirius_config(speculative_config)
+    assert config is not None
+    return config.num_speculative_tokens
 
 
 def assert_lookahead_reserved(vllm_config: Any) -> None:
@@ -42,7 +55,7 @@ def assert_lookahead_reserved(vllm_config: Any) -> None:
     if vllm_config.num_lookahead_tokens < config.num_speculative_tokens:
         raise SiriusIntegrationError(
             f"vLLM reserves {vllm_config.num_lookahead_tokens} lookahead slots, Sirius writes "
-            f"{config.num_speculative_tokens}: the hook on VllmConfig.num_lookahead_tokens is not in force in this process; "
+            f"{config.num_speculative_tokens}: the plugin does not decide VllmConfig.num_lookahead_tokens in this process; "
             "check that VLLM_PLUGINS does not leave out 'sirius'."
         )
 

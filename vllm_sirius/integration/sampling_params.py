@@ -20,16 +20,28 @@ def _verify(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, model_config: Any, speculative_config: Any, structured_outputs_config: Any, tokenizer: Any
     ) -> None:
         original(self, model_config, speculative_config, structured_outputs_config, tokenizer)
-        config = sirius_config(speculative_config)
-        if config is None:
-            return
-        try:
-            parse_request_options(self.extra_args, config)
-        except SiriusConfigError as error:
-            # The HTTP server answers 400 to vLLM's own validation errors alone.
-            raise VLLMValidationError(str(error), parameter="extra_args") from error
+        if sirius_config(speculative_config) is not None:
+            check_sampling_params(self, speculative_config)
 
     return wrapper
+
+
+def check_sampling_params(params: Any, speculative_config: Any) -> None:
+    """Judges the options of a request to an engine with Sirius.
+
+    Args:
+        params: Its `SamplingParams`.
+        speculative_config: The engine's speculative config.
+
+    Raises:
+        VLLMValidationError: If an option is bad; the HTTP server answers 400 to vLLM's own validation errors alone.
+    """
+    config = sirius_config(speculative_config)
+    assert config is not None
+    try:
+        parse_request_options(params.extra_args, config)
+    except SiriusConfigError as error:
+        raise VLLMValidationError(str(error), parameter="extra_args") from error
 
 
 HOOKS = (

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_sirius.integration.hook_engine import Hook
+from vllm_sirius.errors import SiriusIntegrationError
+from vllm_sirius.integration.hook_engine import Hook, is_installed
 
 AcceptanceRule = Callable[..., torch.Tensor]
 """Takes the arguments of upstream's `rejection_sample` and returns its result, ``int32 [B, max_spec_len + 1]``."""
@@ -52,13 +53,33 @@ def _expand_batch_to_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def assert_rule_is_in_force() -> None:
+    """Refuses to run where upstream's rule would judge, or where a request's temperature would not reach its drafts.
+
+    Raises:
+        SiriusIntegrationError: If neither the hooks nor the source patches are in force.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    if not hasattr(rejection_sampler.RejectionSampler, "rejection_sample") and not is_installed(HOOKS[1]):
+        raise SiriusIntegrationError(f"the acceptance rule of Sirius would not be asked; {_INCOMPLETE}")
+    with acceptance_rule(rejection_sampler.rejection_sample):
+        expanded = rejection_sampler.expand_batch_to_tokens(
+            torch.tensor([0.5, 2.0]), torch.tensor([1, 3], dtype=torch.int32), 3
+        )
+    if expanded.tolist() != [0.5, 2.0, 2.0]:
+        raise SiriusIntegrationError(f"drafted tokens would be sampled at undefined temperatures; {_INCOMPLETE}")
+
+
+_INCOMPLETE = "this vLLM has only some of the patches in patches/: apply the whole series."
+
 HOOKS = (
     Hook(
         target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
         make=_expand_batch_to_tokens,
         fingerprint="ef896c2fe058",
-        why="Without Triton its kernel does nothing on CPU, so each drafted position gets an undefined temperature, top-k and "
-        "top-p.",
+        why="Without Triton its kernel writes into a copy that is thrown away, so each drafted position gets an undefined "
+        "temperature, top-k and top-p.",
         untouched="no acceptance rule is set, which only Sirius's own sampler does, for the time of its call",
         remove_when="upstream's CPU build runs its own kernel for it",
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from vllm_sirius.acceptance import (
     emit_tokens,
 )
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.integration.runner_v1.rejection_sample import acceptance_rule
+from vllm_sirius.integration.runner_v1.rejection_sample import acceptance_rule, assert_rule_is_in_force
 
 
 class SiriusRejectionSampler(RejectionSampler):
@@ -39,18 +38,20 @@ class SiriusRejectionSampler(RejectionSampler):
         super().__init__(upstream.sampler, speculative_config, torch.device("cpu"))
         self._config: SiriusConfig = speculative_config.sirius
         self._thresholds = thresholds
+        self._noise: _DraftNoise | None = None
+        assert_rule_is_in_force()
 
     def forward(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
-        """As upstream, with `_judge` as the rule."""
-        noise = _DraftNoise(sampling_metadata.generators, metadata.num_draft_tokens)
-        with acceptance_rule(functools.partial(self._judge, noise)):
+        """As upstream, with `rejection_sample` as the rule."""
+        noise = self._noise = _DraftNoise(sampling_metadata.generators, metadata.num_draft_tokens)
+        with acceptance_rule(self.rejection_sample):
             output = super().forward(metadata, draft_probs, logits, sampling_metadata)
+        assert self._noise is None, "upstream's sampler did not ask for the rule"
         noise.give_back(output.sampled_token_ids)
         return output
 
-    def _judge(
+    def rejection_sample(
         self,
-        noise: _DraftNoise,
         draft_token_ids: torch.Tensor,
         num_draft_tokens: list[int],
         max_spec_len: int,
@@ -61,7 +62,13 @@ class SiriusRejectionSampler(RejectionSampler):
         sampling_metadata: Any,
         **unused: Any,
     ) -> torch.Tensor:
-        """The rule, with the signature of upstream's `rejection_sample` after `noise`."""
+        """The rule, with the signature of upstream's function of the same name.
+
+        The hooks of `rejection_sample` put it in that function's place; a vLLM with the source patches calls it as the
+        method that it is.
+        """
+        noise, self._noise = self._noise, None
+        assert noise is not None
         counts = torch.tensor(num_draft_tokens)
         greedy = _greedy_rows(sampling_metadata, len(num_draft_tokens))
         own = target_logits.argmax(dim=-1)

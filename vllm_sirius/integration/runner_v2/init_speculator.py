@@ -15,12 +15,25 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if sirius_config(vllm_config.speculative_config) is None:
             return original(vllm_config, device, req_states)
-        # Imports the model runner's modules, which only a worker needs.
-        from vllm_sirius.integration.runner_v2.speculator import SiriusSpeculator
-
-        return SiriusSpeculator(vllm_config, device)
+        return make_speculator(vllm_config, device)
 
     return wrapper
+
+
+def make_speculator(vllm_config: Any, device: Any) -> Any:
+    """Builds the speculator of an engine with Sirius.
+
+    Args:
+        vllm_config: The engine's config.
+        device: Where the model runs.
+
+    Returns:
+        The `SiriusSpeculator`.
+    """
+    # Imports the model runner's modules, which only a worker needs.
+    from vllm_sirius.integration.runner_v2.speculator import SiriusSpeculator
+
+    return SiriusSpeculator(vllm_config, device)
 
 
 HOOKS = (
