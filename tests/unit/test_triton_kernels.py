@@ -90,14 +90,20 @@ class Launches:
         return lambda *args, **kwargs: self.grids.append(grid)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_nothing_waits_for_the_device(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on `meta` have no values: whatever would read one on the host is an error."""
-    launches: dict[str, Launches] = {}
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
+    """Kernels that compute nothing, by name, so that their host side runs on any device."""
+    found: dict[str, Launches] = {}
     for module in (kernels, statistics):
         monkeypatch.setattr(module, "require_triton", lambda tensor: None)
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, launches.setdefault(name, Launches()))
+            monkeypatch.setattr(module, name, found.setdefault(name, Launches()))
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_nothing_waits_for_the_device(tokens: int, launches: dict[str, Launches]) -> None:
+    """Tensors on `meta` have no values: whatever would read one on the host is an error."""
     with torch.device("meta"):
         inputs, gate_up, down_rows = torch.empty(tokens, 64), torch.empty(200, 64), torch.empty(100, 64)
         indices = torch.empty(50, dtype=torch.int32)
@@ -182,6 +188,33 @@ def test_tuner_measures_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None
     assert run(3) == candidates[0]
     assert len(measured) == 1
     assert tuner.chosen() == {("kernel", 1): candidates[-1]}
+
+
+@pytest.mark.parametrize("fine", [True, False])
+def test_warm_up_tunes_every_batch_size(
+    fine: bool, launches: dict[str, Launches], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner = Tuner()
+    monkeypatch.setattr(kernels, "_TUNER", tuner)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "_fastest", lambda candidates, launch: candidates[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with torch.device("meta"):
+        gate_up, down_rows = torch.empty(200, 64), torch.empty(100, 64)
+        indices = torch.empty(30, dtype=torch.int32)
+    kernels.warm_up(gate_up, down_rows, 30, "silu", fine=fine)
+    tuned = kernels.tuned_tiles()
+    assert len(tuned) == 3 * (3 if fine else 2)
+    for tokens in range(1, 70):
+        inputs = torch.empty(tokens, 64, device="meta")
+        with tuner.tuning():
+            if fine:
+                kernels.fine_ffn(inputs, gate_up, down_rows, 30, "silu")
+            else:
+                kernels.coarse_ffn(inputs, gate_up, down_rows, indices, "silu")
+    assert kernels.tuned_tiles() == tuned
 
 
 def test_tiles_fit_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

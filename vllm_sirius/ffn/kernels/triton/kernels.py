@@ -249,7 +249,7 @@ def _multiply_up(
         )
         return hidden
 
-    return _run_rows("up", inputs, max_kept, launch)
+    return _run_rows("up", inputs, up.shape[0], launch)
 
 
 def _project_down(
@@ -283,7 +283,8 @@ def _project_down(
         )
         return out
 
-    shape = (token_block(num_tokens), max_kept, hidden_size, count is not None, hidden.dtype)
+    num_rows = max_kept if count is None else down_rows.shape[0]
+    shape = (token_block(num_tokens), num_rows, hidden_size, count is not None, hidden.dtype)
     return _TUNER.run("down", shape, lambda: down_candidates(num_tokens, hidden.dtype, hidden.device), launch)
 
 
