@@ -28,12 +28,15 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 TIMEOUT = 600
 
 
-def ask(probe, *arguments, environment=None):
-    """Runs a probe of this file in a process of its own."""
+def ask(probe, *arguments, environment=None, patched_copy=None):
+    """Runs a probe of a test file in a process of its own, on the installed vLLM or on the copy in a folder."""
     folders = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    if patched_copy is not None:
+        folders.insert(0, str(patched_copy))
     variables = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
     variables |= {"PYTHONPATH": os.pathsep.join(folders), "VLLM_LOGGING_LEVEL": "ERROR", **(environment or {})}
-    code = f"import json, test_hooks; print('FOUND ' + json.dumps(test_hooks.{probe.__name__}(*{arguments!r})))"
+    module = probe.__module__
+    code = f"import json, {module}; print('FOUND ' + json.dumps({module}.{probe.__name__}(*{arguments!r})))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
@@ -212,6 +215,19 @@ def probe_behaviour(model):
             "sirius": async_scheduling(speculative_config={"method": "sirius"}),
         },
         "refusal": error_of(create, speculative_config={"method": "sirius"}, pipeline_parallel_size=2),
+        "bad_options": [
+            error_of(create, speculative_config={"method": "sirius", "density": 2}),
+            error_of(create, speculative_config={"model": "sirius", "method": "ngram"}),
+            error_of(create, speculative_config={"method": "sirius", "num_speculative_tokens": 3}, spec_tokens=4),
+        ],
+        "doors": [
+            repr(create(**door).speculative_config)
+            for door in (
+                {"spec_method": "sirius", "spec_tokens": 7},
+                {"spec_model": "sirius", "speculative_config": {"kernel-size": 8}},
+                {"speculative_config": {"model": "sirius", "num_speculative_tokens": 7}},
+            )
+        ],
         "same_without": error_of(create, pipeline_parallel_size=2),
         "parsed": [
             parse(),
@@ -290,9 +306,15 @@ def installation():
     return ask(probe_installation, list(read_ledger()[1]))
 
 
+@pytest.fixture(scope="module", params=["hooks", "patches"])
+def copy_or_none(request):
+    """Both ways of attachment: the installed vLLM gets hooks, the patched copy calls the plugin by itself."""
+    return request.getfixturevalue("patched_copy") if request.param == "patches" else None
+
+
 @pytest.fixture(scope="module")
-def behaviour():
-    return ask(probe_behaviour, model_path(SMOL))
+def behaviour(copy_or_none):
+    return ask(probe_behaviour, model_path(SMOL), patched_copy=copy_or_none)
 
 
 def test_ledger_lists_exactly_the_hooks_of_the_code(installation):
@@ -372,6 +394,17 @@ def test_worker_is_chosen_and_setups_are_judged_for_sirius_alone(behaviour):
     assert behaviour["same_without"] is None
 
 
+def test_bad_options_are_refused_by_name_and_value(behaviour):
+    words = [["density=2", "(0, 1]"], ["method='ngram'", "drop 'method'"], ["--spec-tokens=4", "mutually exclusive"]]
+    for error, expected in zip(behaviour["bad_options"], words, strict=True):
+        assert all(word in error for word in expected), error
+
+
+def test_every_door_leads_to_the_same_config(behaviour):
+    assert len(set(behaviour["doors"])) == 1
+    assert "kernel_size=8" in behaviour["doors"][0]
+
+
 def test_parser_gains_names_and_no_defaults(behaviour):
     assert behaviour["parsed"] == [
         [None, None, None],
@@ -389,8 +422,8 @@ def test_async_scheduling_stays_possible(behaviour):
     assert behaviour["async"] == {"none": [True, True], "ngram": [False, False], "sirius": [True, True]}
 
 
-def test_speculator_is_ours_for_sirius_alone():
-    found = ask(probe_speculator, model_path(SMOL))
+def test_speculator_is_ours_for_sirius_alone(copy_or_none):
+    found = ask(probe_speculator, model_path(SMOL), patched_copy=copy_or_none)
     assert found == {"sirius": ["SiriusSpeculator", 2], "ngram": ["NgramGPUSpeculator", 3]}
 
 
