@@ -27,10 +27,18 @@ DEMO_MODEL := qwen2.5-coder-0.5b-instruct
 TEST_MODELS := smollm2-135m-instruct qwen2.5-coder-0.5b-instruct gemma-3-270m
 LARGE_MODEL := qwen2.5-coder-1.5b-instruct
 
-.PHONY: help setup model demo test test-all lint format clean
+# A copy of the installed vLLM with the patches of patches/, and the tests that run on it.
+PATCHED := $(CURDIR)/build/patched-vllm
+PATCHED_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,patched_copy lossless limits sampling kv_pages refusals doors))
+PATCHED_V1 := test_sampling or test_kv_pages or batches_of_four or chunked_prefill or prefix_cache or preemption \
+	or density_of_one or longest_one or switch_sirius or bad_request or setup_is_refused
+PATCHED_V2 := batches_of_four or bad_request or seeded_sampling
+PATCHED_CHOICE := patched_copy or flags_and_json or run_batch or (v1 and ($(PATCHED_V1))) or (v2 and ($(PATCHED_V2)))
+
+.PHONY: help setup model demo test test-all test-patched lint format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make the environment: vLLM for this machine, the plugin, the development tools
 	@$(PYTHON3) examples/setup/environment.py --venv "$(VENV)" $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
@@ -49,6 +57,13 @@ test: setup ## Run the tests that take minutes together; ARGS='-k NAME' for some
 test-all: setup ## Run every test, those on the 1.5B model included
 	@$(DOWNLOAD) $(TEST_MODELS) $(LARGE_MODEL)
 	@$(IN_ENVIRONMENT) python -m pytest $(ARGS)
+
+test-patched: setup ## Run end-to-end tests on a copy of vLLM with the source patches of patches/
+	@$(DOWNLOAD) $(TEST_MODELS)
+	@rm -rf "$(PATCHED)"
+	@$(PYTHON) patches/apply.py "$(PATCHED)"
+	@$(IN_ENVIRONMENT) env PYTHONPATH="$(PATCHED)" VLLM_SIRIUS_PATCHED_COPY="$(PATCHED)" \
+		python -m pytest $(PATCHED_TESTS) -m "not slow" -k "$(PATCHED_CHOICE)" $(ARGS)
 
 lint: setup ## Check style, format and types
 	$(PYTHON) -m ruff check .
