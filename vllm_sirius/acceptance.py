@@ -61,6 +61,52 @@ def accept_own_choice(draft_token_ids: torch.Tensor, own_token_ids: torch.Tensor
     return (own_token_ids == draft_token_ids) & (draft_token_ids >= 0)
 
 
+def accept_drawn(
+    draft_token_ids: torch.Tensor, target_logits: torch.Tensor, draft_logits: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard rejection sampling of drafts that were drawn from a distribution (arXiv 2211.17192, Algorithm 1).
+
+    A draft token passes with probability ``min(1, p / q)``; the token that replaces a rejected one is to be drawn from the
+    part of the target's distribution that the draft's does not cover. Together they are distributed as the target's own.
+
+    Args:
+        draft_token_ids: ``int64 [N]``; a negative id is a placeholder and is rejected.
+        target_logits: Processed logits of the target, ``float [N, V]``.
+        draft_logits: Logits the tokens were drawn from, temperature applied, ``float [N, V]``.
+        uniform: One number in [0, 1) for each row, independent of what drew the draft, ``float [N]``.
+
+    Returns:
+        ``bool [N]``: whether each draft token passes; and ``float32 [N, V]``: logits of the token to emit where it does
+        not, the target's own where there is no draft.
+    """
+    target = target_logits.float().softmax(dim=-1)
+    draft = draft_logits.float().softmax(dim=-1)
+    rows = draft_token_ids.clamp_min(0).unsqueeze(1)
+    exists = draft_token_ids >= 0
+    passes = (uniform * draft.gather(1, rows).squeeze(1) < target.gather(1, rows).squeeze(1)) & exists
+    residual = (target - draft).clamp_min(0.0)
+    # Without a draft, or where rounding leaves nothing of the difference, the target's whole distribution.
+    residual = torch.where((exists & (residual.sum(dim=-1) > 0)).unsqueeze(1), residual, target)
+    return passes, residual.log()
+
+
+def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A number in [0, 1) for each row that depends on seed and position alone (the mixing function of SplitMix64).
+
+    Args:
+        seeds: ``int64 [N]``.
+        positions: ``int64 [N]``.
+
+    Returns:
+        ``float32 [N]``, in steps of ``2**-24``.
+    """
+    mixed = seeds * -7046029254386353131 + positions * -4658895280553007687 + 8458152304286742287
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        # The shift of a signed number drags its sign along; the mask takes it off again.
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((mixed >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
 def emit_tokens(
     draft_token_ids: torch.Tensor,
     own_token_ids: torch.Tensor,

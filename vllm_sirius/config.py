@@ -23,7 +23,7 @@ MIN_KERNEL_SIZE = 2
 MAX_KERNEL_SIZE = 128
 """vLLM's rejection sampler takes at most 128 draft tokens a request; the drafts are ``kernel_size - 1``."""
 
-ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens")
+ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size")
 """Keys of a speculative config that are vLLM's own and may stand beside the knobs of Sirius."""
 
 

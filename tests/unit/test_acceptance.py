@@ -4,7 +4,13 @@ import math
 
 import torch
 
-from vllm_sirius.acceptance import accept_by_threshold, accept_own_choice, emit_tokens
+from vllm_sirius.acceptance import (
+    accept_by_threshold,
+    accept_drawn,
+    accept_own_choice,
+    emit_tokens,
+    uniform_noise,
+)
 
 
 def logits_of(*rows: list[float]) -> torch.Tensor:
@@ -92,3 +98,49 @@ def test_a_threshold_token_is_kept_although_the_target_would_say_another():
         torch.tensor([5, 6]), torch.tensor([1, 2]), torch.tensor([True, True]), torch.tensor([2]), torch.tensor([3]), 2
     )
     assert output.tolist() == [[5, 6, 3]]
+
+
+def test_drawn_drafts_pass_by_the_ratio_of_probabilities():
+    target = logits_of([0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [0.2, 0.8, 0.0], [0.2, 0.8, 0.0])
+    draft = logits_of([0.25, 0.25, 0.5], [0.8, 0.2, 0.0], [0.8, 0.2, 0.0], [0.8, 0.2, 0.0])
+    uniform = torch.tensor([0.99, 0.24, 0.26, 0.0])
+    passes, others = accept_drawn(torch.tensor([0, 0, 0, -1]), target, draft, uniform)
+    # p/q = 2 always passes; 0.2/0.8 passes below a quarter; a placeholder never does.
+    assert passes.tolist() == [True, True, False, False]
+    # What the draft does not cover: token 1 alone in rows 1 and 2; the whole target where there was no draft.
+    torch.testing.assert_close(others[2].exp() / others[2].exp().sum(), torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(others[3].exp(), torch.tensor([0.2, 0.8, 0.0]))
+
+
+def test_a_draft_from_the_targets_own_distribution_always_passes():
+    logits = logits_of([0.7, 0.3], [0.7, 0.3])
+    passes, others = accept_drawn(torch.tensor([0, 1]), logits, logits, torch.tensor([0.999, 0.999]))
+    assert passes.tolist() == [True, True]
+    assert torch.isfinite(others).any(dim=1).all()
+
+
+def test_accepted_and_replaced_draws_together_follow_the_target():
+    torch.manual_seed(0)
+    count, target, draft = 200_000, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    drawn = torch.multinomial(draft, count, replacement=True)
+    noise = uniform_noise(torch.full((count,), 7), torch.arange(count))
+    passes, others = accept_drawn(drawn, target.log().expand(count, 4), draft.log().expand(count, 4), noise)
+    replaced = torch.multinomial(others.exp(), 1).squeeze(1)
+    emitted = torch.where(passes, drawn, replaced)
+    found = torch.bincount(emitted, minlength=4) / count
+    torch.testing.assert_close(found, target, atol=0.005, rtol=0)
+    assert abs(float(passes.float().mean()) - 0.6) < 0.005  # the overlap of the two
+
+
+def test_uniform_noise_is_uniform_and_depends_on_seed_and_position():
+    noise = uniform_noise(torch.full((100_000,), 3), torch.arange(100_000))
+    assert 0.0 <= float(noise.min()) < 0.001
+    assert 0.999 < float(noise.max()) < 1.0
+    counts = torch.histc(noise, bins=20, min=0.0, max=1.0)
+    assert float((counts - 5000).abs().max()) < 5 * math.sqrt(5000)
+    other = uniform_noise(torch.full((100_000,), 4), torch.arange(100_000))
+    assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.02
+    assert abs(float(torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1])) < 0.02
+    assert torch.equal(noise, uniform_noise(torch.full((100_000,), 3), torch.arange(100_000)))
+    negative = uniform_noise(torch.tensor([-5, -(2**62)]), torch.tensor([1, 1]))
+    assert ((negative >= 0) & (negative < 1)).all()

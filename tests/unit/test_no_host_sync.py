@@ -13,7 +13,7 @@ import torch
 from support.real_models import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_sirius.acceptance import accept_by_threshold, accept_own_choice
+from vllm_sirius.acceptance import accept_by_threshold, accept_drawn, accept_own_choice, uniform_noise
 from vllm_sirius.acceptance_triton import pick_tokens, pick_tokens_reference
 from vllm_sirius.drafting.device_batch import DraftBatch, DraftTable
 from vllm_sirius.sparsity.coarse import CoarseSelection
@@ -66,6 +66,7 @@ def draft_step(device):
         statistics.begin_step([ObservedRows(4, 0, 3, True), ObservedRows(1, 3, 2, True), ObservedRows(2, 6, 3, False)])
         ones = torch.full((9,), 0.1, device=device)
         accept_own_choice(drafts, own)
+        accept_drawn(drafts, logits, logits, uniform_noise(own, drafts))
         pick(own, drafts, accept_by_threshold(drafts, own, logits, ones, ones), locations, STEPS + 1)
         statistics.end_step()
         statistics.commit(idx_mapping, num_sampled)

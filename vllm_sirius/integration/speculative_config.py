@@ -9,10 +9,13 @@ from pydantic import SkipValidation
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.errors import SiriusConfigError
 
 METHOD: Literal["sirius"] = "sirius"
+SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
 @config
@@ -60,11 +63,31 @@ def create(
     Raises:
         SiriusConfigError: If an option is bad.
     """
+    knobs = SiriusConfig.from_options(options)
     return SiriusSpeculativeConfig(
-        sirius=SiriusConfig.from_options(options),
+        sirius=knobs,
+        num_speculative_tokens_per_batch_size=_schedule(options, knobs),
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )
+
+
+def _schedule(options: dict[str, Any], knobs: SiriusConfig) -> list[tuple[int, int, int]] | None:
+    """Upstream's draft length by batch size, judged before the engine starts."""
+    given = options.get(SCHEDULE, options.get(SCHEDULE.replace("_", "-")))
+    if given is None:
+        return None
+    try:
+        schedule = validate_and_normalize_dynamic_sd_schedule(given)
+    except (TypeError, ValueError) as error:
+        raise SiriusConfigError(f"{SCHEDULE}={given!r} is not a schedule: {error}") from error
+    longest = max(count for _, _, count in schedule)
+    if longest > knobs.num_speculative_tokens:
+        raise SiriusConfigError(
+            f"{SCHEDULE}={given!r} drafts {longest} tokens, more than kernel_size={knobs.kernel_size} allows: use at most "
+            f"{knobs.num_speculative_tokens}, or kernel_size={longest + 1}."
+        )
+    return schedule
 
 
 def sirius_config(speculative_config: SpeculativeConfig | None) -> SiriusConfig | None:

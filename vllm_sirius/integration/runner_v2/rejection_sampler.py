@@ -8,7 +8,7 @@ import torch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_sirius.acceptance import accept_by_threshold, accept_own_choice
+from vllm_sirius.acceptance import accept_by_threshold, accept_drawn, accept_own_choice, uniform_noise
 from vllm_sirius.acceptance_triton import pick_tokens
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.drafting.device_batch import DraftTable
@@ -47,27 +47,7 @@ class SiriusRejectionSampler(RejectionSampler):
         seq_lens_upper_bound_np: Any,
         verify_draft_sampled: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As upstream's, with Sirius's rule: processed logits, sampled tokens and their number per request.
-
-        Drafts that were drawn from a distribution are upstream's to judge: that is standard rejection sampling.
-        """
-        is_draft = self._is_draft(expanded_idx_mapping, expanded_local_pos)
-        if draft_logits is not None:
-            verify_draft_sampled = torch.where(is_draft | (expanded_local_pos == 0), verify_draft_sampled, -1)
-            judged: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super()._verify(
-                logits,
-                draft_logits,
-                draft_sampled,
-                pos,
-                cu_num_logits,
-                idx_mapping,
-                idx_mapping_np,
-                expanded_idx_mapping,
-                expanded_local_pos,
-                seq_lens_upper_bound_np,
-                verify_draft_sampled,
-            )
-            return judged
+        """As upstream's, with Sirius's rule: processed logits, sampled tokens and their number per request."""
         processed = self.sampler.apply_sampling_params(
             logits,
             expanded_idx_mapping,
@@ -78,28 +58,61 @@ class SiriusRejectionSampler(RejectionSampler):
             expanded_local_pos,
             seq_lens_upper_bound_np,
         )
-        temperature = self.sampler.sampling_states.temperature
-        if bool((temperature.np[idx_mapping_np] == 0.0).all()):
-            own = processed.argmax(dim=-1)
-        else:
-            own = self._sample(processed, expanded_idx_mapping, pos)
         # A row of logits judges the input of the next row, if that is a draft of the same request.
+        is_draft = self._is_draft(expanded_idx_mapping, expanded_local_pos)
         drafts = torch.where(is_draft, verify_draft_sampled.long(), -1)
         drafts = torch.cat([drafts[1:], drafts.new_full((1,), -1)])
-        if self._config.lossless:
-            accepted = accept_own_choice(drafts, own)
+        slots = expanded_idx_mapping.long()
+        if draft_logits is not None:
+            own, accepted = self._judge_drawn(drafts, processed, draft_logits, slots, pos, expanded_local_pos)
         else:
-            slots = expanded_idx_mapping.long()
-            sharpness = torch.where(temperature.gpu[slots] == 0.0, self._config.threshold_temperature, 1.0)
-            accepted = accept_by_threshold(drafts, own, processed, self._table.thresholds[slots], sharpness)
+            own = self._sample(processed, slots, pos, idx_mapping_np)
+            accepted = self._judge(drafts, own, processed, slots)
         sampled, num_sampled = pick_tokens(own, drafts, accepted, cu_num_logits, self.num_speculative_steps + 1)
         return processed, sampled, num_sampled
 
-    def _sample(self, processed: torch.Tensor, slots: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
-        """The target's own choice at each row, by the noise that plain decoding would use there, ``int64 [num_logits]``."""
+    def _judge(
+        self, drafts: torch.Tensor, own: torch.Tensor, processed: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether each draft passes, ``bool [num_logits]``."""
+        if self._config.lossless:
+            return accept_own_choice(drafts, own)
+        greedy = self.sampler.sampling_states.temperature.gpu[slots] == 0.0
+        sharpness = torch.where(greedy, self._config.threshold_temperature, 1.0)
+        return accept_by_threshold(drafts, own, processed, self._table.thresholds[slots], sharpness)
+
+    def _judge_drawn(
+        self,
+        drafts: torch.Tensor,
+        processed: torch.Tensor,
+        draft_logits: torch.Tensor,
+        slots: torch.Tensor,
+        pos: torch.Tensor,
+        local_pos: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's choice at each row, and whether the draft, drawn from `draft_logits`, passes."""
         states = self.sampler.sampling_states
-        own: torch.Tensor = gumbel_sample(
-            processed,
+        temperature = states.temperature.gpu[slots]
+        greedy = temperature == 0.0
+        steps = local_pos.long().clamp_max(self.num_speculative_steps - 1)
+        drawn_from = draft_logits[slots, steps].float() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+        passes, others = accept_drawn(drafts, processed, drawn_from, uniform_noise(states.seeds.gpu[slots], pos))
+        own = self._draw(torch.where(greedy.unsqueeze(1), processed.float(), others), slots, pos)
+        return own, torch.where(greedy, accept_own_choice(drafts, own), passes)
+
+    def _sample(
+        self, processed: torch.Tensor, slots: torch.Tensor, pos: torch.Tensor, idx_mapping_np: Any
+    ) -> torch.Tensor:
+        """The target's own choice at each row, ``int64 [num_logits]``."""
+        if bool((self.sampler.sampling_states.temperature.np[idx_mapping_np] == 0.0).all()):
+            return processed.argmax(dim=-1)
+        return self._draw(processed, slots, pos)
+
+    def _draw(self, logits: torch.Tensor, slots: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+        """Draws a token at each row by the noise that plain decoding would use there; greedy rows take the largest."""
+        states = self.sampler.sampling_states
+        drawn: torch.Tensor = gumbel_sample(
+            logits,
             slots,
             states.temperature.gpu,
             states.seeds.gpu,
@@ -108,7 +121,7 @@ class SiriusRejectionSampler(RejectionSampler):
             is_drafting=False,
             use_fp64=self.sampler.use_fp64_gumbel,
         )
-        return own
+        return drawn
 
     def _is_draft(self, slots: torch.Tensor, local_pos: torch.Tensor) -> torch.Tensor:
         """Whether the input of each row is a token that the request drafted, ``bool [num_logits]``.

@@ -17,6 +17,7 @@ from vllm.forward_context import BatchDescriptor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer, init_attn_backend
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
@@ -55,6 +56,10 @@ class SiriusSpeculator(DraftModelSpeculator):
         self._draft: DraftModel
         self._layer_names: set[str] = set()
         self.decode_cudagraph_manager: SpeculatorCudaGraphManager | None = None
+        cached: Any = self.draft_logits  # type: ignore[has-type]
+        if cached is not None:
+            # One more row, for those of a batch that draft nothing.
+            self.draft_logits = cached.new_zeros(self.max_num_reqs + 1, *cached.shape[1:])
         self._rows = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
         self._batch = DraftBatch(
             self.table,
@@ -252,15 +257,24 @@ class SiriusSpeculator(DraftModelSpeculator):
             slot_mapping=slot_mappings,
             batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
         )
-        token_ids = self.sample_draft(
-            hidden_states[:num_reqs],
-            self.input_buffers.positions[
-                :num_reqs
-            ],  # of the input token: the key by which the target draws there as well
-            self.idx_mapping[:num_reqs],
+        token_ids = self._choose(self.model.compute_logits(hidden_states[:num_reqs]), num_reqs)
+        self._batch.advance(num_reqs, token_ids)
+
+    def _choose(self, logits: torch.Tensor, num_reqs: int) -> torch.Tensor:
+        """Picks each row's draft token, ``int64 [num_reqs]``; remembers the distribution of drawn ones for the verdict."""
+        if self.draft_logits is None:
+            return logits.argmax(dim=-1)
+        rows = self.idx_mapping[:num_reqs]
+        kept = torch.where(rows >= 0, rows, self.max_num_reqs)
+        self.draft_logits[kept, self._batch.step] = logits.to(self.draft_logits.dtype)
+        drawn: torch.Tensor = gumbel_sample(
+            logits,
+            rows.clamp_min(0),
             self.temperature,
             self.seeds,
-            self._batch.step,
-            self.draft_logits,
+            self.input_buffers.positions[:num_reqs],
+            apply_temperature=True,
+            is_drafting=True,
+            use_fp64=self.use_fp64_gumbel,
         )
-        self._batch.advance(num_reqs, token_ids)
+        return drawn
