@@ -4,7 +4,8 @@ An engine leaves global state behind (thread binding, distributed groups, compil
 pytest's process. `EngineHost` starts one child that builds engines one after the other, in-process (no engine core of its
 own), which lets probes read the model runner, its modules and its KV pages.
 
-The child runs this file; commands and answers are JSON lines on its standard input and output.
+The child runs this file; commands and answers are JSON lines on its standard input and output. Model Runner V2 needs Triton:
+its kernels run in Triton's interpreter (`v2_on_cpu`), which makes a step cost most of a second.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 TESTS = Path(__file__).resolve().parent.parent
-TIMEOUT_SECONDS = 900
+
+Runner = Literal["v1", "v2"]
+"""vLLM's model runner of a process."""
+
+
+def runner_environment(runner: Runner) -> dict[str, str]:
+    """Variables that make vLLM's CPU build use a model runner, and find the tests' and the project's modules."""
+    folders = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    if runner == "v2":
+        folders.insert(0, str(TESTS / "support" / "v2_on_cpu"))
+    return {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2")), "PYTHONPATH": os.pathsep.join(folders)}
 
 
 class EngineError(AssertionError):
@@ -61,14 +72,16 @@ class EngineHost:
 
     Args:
         environment: Variables added to the child's environment.
+        runner: Model runner of the child's engines.
     """
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, environment: dict[str, str] | None = None, runner: Runner = "v1") -> None:
+        self.runner = runner
         variables = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+            **runner_environment(runner),
             **(environment or {}),
         }
         self._child = subprocess.Popen(

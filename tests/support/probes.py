@@ -1,4 +1,4 @@
-"""What tests look at inside an engine. Runs in the child of `engine_host`, on Model Runner V1."""
+"""What tests look at inside an engine. Runs in the child of `engine_host`, on Model Runner V1 and V2."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import torch
 
 
 def model_runner(llm: Any) -> Any:
-    """The V1 model runner of an in-process engine."""
+    """The model runner of an in-process engine."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def is_v2(runner: Any) -> bool:
+    """Whether it is Model Runner V2, which keeps its requests in a table of slots."""
+    return hasattr(runner, "req_states")
 
 
 def describe(llm: Any) -> dict[str, Any]:
     """Classes that the engine is made of, to see what the plugin changed."""
     runner = model_runner(llm)
     config = llm.llm_engine.vllm_config
+    parts = ("drafter", "speculator", "rejection_sampler", "model_state")
     return {
         "worker": config.parallel_config.worker_cls,
         "runner": type(runner).__qualname__,
-        "rejection_sampler": type(getattr(runner, "rejection_sampler", None)).__qualname__,
+        "runner_module": type(runner).__module__,
+        "parts": {name: type(getattr(runner, name, None)).__qualname__ for name in parts},
         "lookahead": config.num_lookahead_tokens,
         "modules": sorted({type(module).__qualname__ for module in runner.model.modules()}),
         "parameters": sum(1 for _ in runner.model.parameters()),
@@ -29,17 +36,44 @@ def describe(llm: Any) -> dict[str, Any]:
 
 def draft_report(llm: Any) -> dict[str, Any]:
     """What the drafter of an engine found and keeps."""
-    drafter = model_runner(llm).drafter
+    runner = model_runner(llm)
+    drafter = runner.speculator if is_v2(runner) else runner.drafter
     return {
+        "runner": "v2" if is_v2(runner) else "v1",
         "ffns": [ffn.name for ffn in drafter.ffns.ffns],
         "neurons": [ffn.num_neurons for ffn in drafter.ffns.ffns],
         "native": drafter.ffns.backend is not None,
         "row_bytes": drafter.ffns.backend.num_bytes if drafter.ffns.backend is not None else 0,
-        "requests": len(drafter._requests),
-        "free_slots": len(drafter.statistics._free) if drafter.statistics is not None else None,
-        "num_slots": drafter.statistics.num_slots if drafter.statistics is not None else None,
+        "requests": len(runner.req_states.req_id_to_index if is_v2(runner) else drafter._requests),
         "draft_calls": drafter.ffns.num_draft_calls,
     }
+
+
+def free_slots(llm: Any) -> dict[str, int]:
+    """Slots of the statistics on Model Runner V1, which hands them out itself."""
+    statistics = model_runner(llm).drafter.statistics
+    return {"free": len(statistics._free), "all": statistics.num_slots}
+
+
+def valid_lengths(runner: Any) -> dict[str, tuple[int, int]]:
+    """Row of each running request in the block tables, and how many of its positions hold K/V of accepted tokens."""
+    if is_v2(runner):
+        computed = runner.req_states.num_computed_tokens.gpu.tolist()
+        return {req_id: (slot, computed[slot]) for req_id, slot in runner.req_states.req_id_to_index.items()}
+    lengths = {}
+    for row, req_id in enumerate(runner.input_batch.req_ids):
+        # The last token of the text has no K/V yet, and a request in its first step may have none at all.
+        if runner.requests[req_id].num_computed_tokens > 0:
+            lengths[req_id] = (row, int(runner.input_batch.num_tokens_no_spec[row]) - 1)
+    return lengths
+
+
+def table_block_sizes(runner: Any) -> list[int]:
+    """Tokens per block of each KV cache group."""
+    if is_v2(runner):
+        return list(runner.block_tables.block_sizes)
+    groups = range(len(runner.kv_cache_config.kv_cache_groups))
+    return [runner.input_batch.block_table[group].block_size for group in groups]
 
 
 def full_pages(runner: Any, row: int, length: int) -> torch.Tensor:
@@ -49,10 +83,16 @@ def full_pages(runner: Any, row: int, length: int) -> torch.Tensor:
     """
     layers = []
     for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-        table = runner.input_batch.block_table[group_id]
-        blocks = table.block_table.cpu[row, : length // table.block_size].long()
+        count = length // table_block_sizes(runner)[group_id]
+        if is_v2(runner):
+            blocks = runner.block_tables.block_tables[group_id].gpu[row, :count].long()
+        else:
+            blocks = runner.input_batch.block_table[group_id].block_table.cpu[row, :count].long()
+        assert bool((blocks > 0).all()), "a position of the text lies in the null block"
         for name in group.layer_names:
-            layers.append(runner.compilation_config.static_forward_context[name].kv_cache[blocks])
+            cache = runner.compilation_config.static_forward_context[name].kv_cache
+            assert cache.shape[0] == runner.kv_cache_config.num_blocks, "blocks are not the cache's first dimension"
+            layers.append(cache[blocks])
     return torch.stack(layers).clone()
 
 
@@ -65,25 +105,21 @@ def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
     from vllm import SamplingParams
 
     runner = model_runner(llm)
-    block_size = runner.input_batch.block_table[0].block_size
+    block_size = table_block_sizes(runner)[0]
     pages: dict[str, torch.Tensor] = {}
     checks = {"steps": 0, "changed": 0.0}
-    upstream = runner.propose_draft_token_ids if hasattr(runner, "drafter") else None
     sample = runner.sample_tokens
 
     def sample_and_record(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
         checks["steps"] += 1
-        for row, req_id in enumerate(runner.input_batch.req_ids):
-            # The last token of the text has no K/V yet.
-            length = int(runner.input_batch.num_tokens_no_spec[row]) - 1
-            computed = runner.requests[req_id].num_computed_tokens
-            if length <= 0 or computed == 0 or length < block_size:
+        for req_id, (row, length) in valid_lengths(runner).items():
+            if length < block_size:
                 continue
             found = full_pages(runner, row, length)
             known = pages.get(req_id)
             if known is not None:
-                common = min(known.shape[1], length)
+                common = min(known.shape[1], found.shape[1])
                 checks["changed"] = max(checks["changed"], float((known[:, :common] - found[:, :common]).abs().max()))
             pages[req_id] = found
         return output
@@ -97,7 +133,6 @@ def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
         )
     finally:
         runner.sample_tokens = sample
-    assert upstream is None or runner.propose_draft_token_ids == upstream
     RECORDED.append([pages[key] for key in sorted(pages, key=_request_order)])
     return {
         "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
@@ -136,8 +171,41 @@ def prefix_cache_hits(llm: Any) -> int:
 
 def block_sizes(llm: Any) -> list[int]:
     """Tokens per block of each KV cache group."""
+    return table_block_sizes(model_runner(llm))
+
+
+def count_passes(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
+    """Generates one prompt after the other and counts the engine's steps, on both runners alike.
+
+    vLLM's own counters cannot be compared: on V2 the scheduler counts a draft for every step of a request, on V1 only for
+    those that had one.
+
+    Returns:
+        ``token_ids``; ``passes``, the steps after the one that read the prompt; ``tokens``, what those steps emitted.
+    """
+    from vllm import SamplingParams
+
     runner = model_runner(llm)
-    return [runner.input_batch.block_table[i].block_size for i in range(len(runner.kv_cache_config.kv_cache_groups))]
+    sample = runner.sample_tokens
+    calls = 0
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return sample(*args, **kwargs)
+
+    params = SamplingParams(**{"temperature": 0.0, **sampling})
+    runner.sample_tokens = count
+    try:
+        outputs = [llm.generate([{"prompt_token_ids": p}], params, use_tqdm=False)[0].outputs[0] for p in prompts]
+    finally:
+        runner.sample_tokens = sample
+    token_ids = [list(output.token_ids) for output in outputs]
+    return {
+        "token_ids": token_ids,
+        "passes": calls - len(prompts),
+        "tokens": sum(map(len, token_ids)) - len(prompts),
+    }
 
 
 def loaded_hooks(llm: Any) -> list[str]:

@@ -58,16 +58,18 @@ def _tokenizer(path: str):
     return AutoTokenizer.from_pretrained(path)
 
 
-def chat_prompts(name: str, task: str, count: int) -> list[list[int]]:
-    """Token ids of a task's first questions in the model's chat template."""
+def chat_prompt(name: str, question: str) -> list[int]:
+    """Token ids of a question in the model's chat template."""
     tokenizer = _tokenizer(model_path(name))
-    prompts = []
-    for question in questions(task, count):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return prompts
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def chat_prompts(name: str, task: str, count: int) -> list[list[int]]:
+    """A task's first questions in the model's chat template."""
+    return [chat_prompt(name, question) for question in questions(task, count)]
 
 
 def mixed_prompts(name: str, count: int) -> list[list[int]]:
