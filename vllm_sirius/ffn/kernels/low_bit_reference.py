@@ -3,9 +3,10 @@
 Rounding, the same in twins and kernels: weights are what `LowBitRows` stores. Inputs round to signed bytes, with one scale
 for every 64 columns of a token. Products of bytes add up exactly; their sums, the activation and its product with ``up``
 are fp32. Hidden values, each multiplied with its neuron's down scale, round to signed bytes too, with one scale for every
-token and every 16 neurons in the order in which they are kept, at 4 bits also for every 64 columns. Outputs add in fp32 and
-are rounded once to the dtype of the inputs. Kernels may add in another order, so a hidden value on a rounding boundary may
-come out one step apart, and fine selection may differ where two magnitudes are equal but for such an error.
+token and every 16 neurons in the order in which they are kept, at 4 bits also for every 64 columns; fine sparsity takes
+the neurons that any of up to 32 tokens keeps. Outputs add in fp32 and are rounded once to the dtype of the inputs. Kernels
+may add in another order, so a hidden value on a rounding boundary may come out one step apart, and fine selection may
+differ where two magnitudes are equal but for such an error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from vllm_sirius.ffn.low_bit import SPAN, LowBitRows
 
 GROUP = 16
 """Neurons whose hidden values share a scale."""
+
+MAX_TOKENS = 32
+"""Tokens that pass through an FFN together: the neurons that any of them keeps form the groups of fine sparsity."""
 
 LARGEST = 127.0
 SMALLEST_MAGNITUDE = 1e-30
@@ -57,6 +61,11 @@ def fine_ffn(inputs: torch.Tensor, rows: LowBitRows, num_kept: int, activation: 
     Returns:
         ``[tokens, hidden]`` in the dtype of `inputs`; zeros if no neuron is kept.
     """
+    parts = [_fine_pass(part, rows, num_kept, activation) for part in inputs.split(MAX_TOKENS)]
+    return torch.cat(parts)
+
+
+def _fine_pass(inputs: torch.Tensor, rows: LowBitRows, num_kept: int, activation: Activation | str) -> torch.Tensor:
     weights = rows.dequantise()
     tokens = round_inputs(inputs)
     gate = Activation(activation).function(tokens @ weights[:, 0].T)
@@ -93,7 +102,9 @@ def round_inputs(inputs: torch.Tensor) -> torch.Tensor:
 def _to_bytes(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Signed bytes, as fp32, and the scale that is common to `dim`."""
     magnitude = values.abs().amax(dim, keepdim=True).clamp_min(SMALLEST_MAGNITUDE)
-    return (values * (LARGEST / magnitude)).round(), magnitude / LARGEST
+    # `LARGEST / magnitude` would multiply with a reciprocal, which is not the same number.
+    inverse = torch.full_like(magnitude, LARGEST).div_(magnitude)
+    return (values * inverse).round(), magnitude / LARGEST
 
 
 def _select(rows: LowBitRows, neurons: torch.Tensor) -> LowBitRows:
@@ -113,6 +124,6 @@ def _project_down(hidden: torch.Tensor, rows: LowBitRows, dtype: torch.dtype) ->
     grouped = torch.nn.functional.pad(scaled, (0, 0, 0, -kept % GROUP)).unflatten(1, (-1, GROUP))
     values, scales = _to_bytes(grouped, 2)
     rounded = (values * scales).flatten(1, 2)[:, :kept]
-    down = rows.integers()[:, 2].reshape(kept, rounded.shape[-1], -1)
+    down = rows.integers()[:, 2].unflatten(-1, (rounded.shape[-1], -1))
     output = torch.einsum("tns,nsc->tsc", rounded, down).reshape(num_tokens, -1)
     return output[:, : rows.width].to(dtype)

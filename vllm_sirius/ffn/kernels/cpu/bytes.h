@@ -62,6 +62,12 @@ inline Ints four_bytes(const Ints* a) {
 inline Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec divide(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec larger_magnitude(Vec a, Vec b) { return {_mm512_max_ps(a.v, _mm512_abs_ps(b.v))}; }
+// The first `count` elements, then zeros.
+inline Vec widen_some(const float* p, int count) { return {_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p)}; }
+inline Vec widen_some(const BFloat16* p, int count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1u), p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
 
 #elif defined(SIRIUS_AVX2)
 
@@ -194,6 +200,16 @@ inline Vec larger_magnitude(Vec a, Vec b) {
     return a;
 }
 
+#endif
+
+#if !defined(SIRIUS_AVX512)
+// The first `count` elements, then zeros.
+template <typename T>
+Vec widen_some(const T* p, int count) {
+    float lanes[Vec::kWidth] = {};
+    for (int i = 0; i < count; i++) lanes[i] = to_float(p[i]);
+    return load(lanes);
+}
 #endif
 
 // Where column c of an interleaved stretch of Bytes::kWidth columns lies: interleave works on 16 columns at a time, and

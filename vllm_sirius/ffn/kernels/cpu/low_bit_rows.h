@@ -139,8 +139,9 @@ struct LowBitRows {
 
     void widen_scales(int64_t number, float* to) const {
         const auto* from = scales_of(number);
-        for (int64_t s = 0; s < layout.num_scales; s++) to[s] = to_float(from[s]);
-        std::fill(to + layout.num_scales, to + layout.scale_lanes, 0.0f);
+        for (int64_t s = 0; s < layout.scale_lanes; s += kLanes) {
+            store(to + s, widen_some(from + s, int(std::min<int64_t>(kLanes, layout.num_scales - s))));
+        }
     }
 
     void prefetch_scales(int64_t number) const {
