@@ -30,9 +30,9 @@ LARGE_MODEL := qwen2.5-coder-1.5b-instruct
 # A copy of the installed vLLM with the patches of patches/, and the tests that run on it.
 PATCHED := $(CURDIR)/build/patched-vllm
 PATCHED_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,patched_copy lossless limits sampling kv_pages refusals doors))
-PATCHED_V1 := test_sampling or test_kv_pages or batches_of_four or chunked_prefill or prefix_cache or preemption \
-	or density_of_one or longest_one or switch_sirius or bad_request or setup_is_refused
-PATCHED_V2 := batches_of_four or bad_request or seeded_sampling
+PATCHED_V1 := test_sampling or ragged_batch or batches_of_four or prefix_cache or preemption or density_of_one \
+	or switch_sirius or bad_request or setup_is_refused
+PATCHED_V2 := batches_of_four or bad_request or threshold_of_zero
 PATCHED_CHOICE := patched_copy or flags_and_json or run_batch or (v1 and ($(PATCHED_V1))) or (v2 and ($(PATCHED_V2)))
 
 .PHONY: help setup model demo test test-all test-patched lint format clean
