@@ -17,6 +17,7 @@ from vllm_sirius.errors import SiriusConfigError
 SPARSITIES = ("coarse", "fine", "none")
 ACCEPTANCES = ("threshold", "lossless")
 DRAFT_WEIGHTS = ("shared", "int8", "int4")
+DRAFT_WEIGHTS_SCOPES = ("ffn", "all")
 DRAFT_SAMPLINGS = ("greedy", "probabilistic")
 
 MIN_KERNEL_SIZE = 2
@@ -40,7 +41,9 @@ class SiriusConfig:
         density: Part of the FFN neurons that the draft keeps, in (0, 1].
         refresh: Update the coarse set from every correction pass. ``False`` is the paper's behaviour: the set is
             fixed by the prompt.
-        draft_weights: Weights the draft reads. ``shared`` are the target's own values.
+        draft_weights: Weights the draft reads. ``shared`` are the target's own values; ``int8`` and ``int4`` are rounded
+            copies, made at load without calibration data, which the target never reads.
+        draft_weights_scope: What is copied in few bits: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
         acceptance: ``threshold`` is the paper's likelihood rule and changes the output distribution; ``lossless`` is
             rejection sampling, whose output is distributed as the target's.
         draft_sampling: How the draft picks its tokens for requests with a temperature. ``greedy`` takes its likeliest;
@@ -60,6 +63,7 @@ class SiriusConfig:
     density: float = 0.5
     refresh: bool = True
     draft_weights: str = "shared"
+    draft_weights_scope: str = "ffn"
     acceptance: str = "threshold"
     draft_sampling: str = "greedy"
     threshold: float = 0.1
@@ -83,6 +87,7 @@ class SiriusConfig:
             )
         _require_bool("refresh", self.refresh)
         _require_choice("draft_weights", self.draft_weights, DRAFT_WEIGHTS)
+        _require_choice("draft_weights_scope", self.draft_weights_scope, DRAFT_WEIGHTS_SCOPES)
         _require_choice("acceptance", self.acceptance, ACCEPTANCES)
         _require_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLINGS)
         if self.draft_sampling == "probabilistic" and not self.lossless:
@@ -102,25 +107,30 @@ class SiriusConfig:
         self._check_supported()
 
     def _check_supported(self) -> None:
-        if self.draft_weights != "shared":
+        if self.draft_weights == "shared" and self.draft_weights_scope != "ffn":
             raise SiriusConfigError(
-                f"draft_weights={self.draft_weights!r} is not supported yet: use 'shared', which drafts with the "
-                "target's own weights."
+                f"draft_weights_scope={self.draft_weights_scope!r} has no meaning with draft_weights='shared', which copies "
+                "nothing: drop it, or use draft_weights='int8' or 'int4'."
             )
         if self.tree_width != 1:
             raise SiriusConfigError(
                 f"tree_width={self.tree_width!r} is not supported yet: use 1, a single chain of draft tokens."
             )
-        if self.sparsity == "none":
+        if self.sparsity == "none" and self.draft_weights == "shared":
             raise SiriusConfigError(
                 "sparsity='none' with draft_weights='shared' drafts with the whole target and can only slow decoding "
-                "down: use sparsity 'coarse' or 'fine'."
+                "down: use sparsity 'coarse' or 'fine', or draft_weights 'int8' or 'int4'."
             )
 
     @property
     def num_speculative_tokens(self) -> int:
         """Draft tokens per correction pass, vLLM's name for ``kernel_size - 1``."""
         return self.kernel_size - 1
+
+    @property
+    def draft_bits(self) -> int | None:
+        """Bits of a copied weight, or ``None`` where the draft reads the target's values."""
+        return {"shared": None, "int8": 8, "int4": 4}[self.draft_weights]
 
     @property
     def lossless(self) -> bool:
@@ -166,10 +176,15 @@ class SiriusConfig:
                     f"{key}={given[key]!r} has no meaning with acceptance='lossless': drop it, or use "
                     "acceptance='threshold'."
                 )
-        if self.sparsity == "fine" and "refresh" in given:
+        if self.sparsity != "coarse" and "refresh" in given:
             raise SiriusConfigError(
-                f"refresh={given['refresh']!r} has no meaning with sparsity='fine', which picks neurons anew for each "
-                "token: drop it, or use sparsity='coarse'."
+                f"refresh={given['refresh']!r} has no meaning with sparsity={self.sparsity!r}, which keeps no set of neurons: "
+                "drop it, or use sparsity='coarse'."
+            )
+        if self.sparsity == "none" and "density" in given:
+            raise SiriusConfigError(
+                f"density={given['density']!r} has no meaning with sparsity='none', which keeps all neurons: drop it, or use "
+                "sparsity='coarse' or 'fine'."
             )
 
 

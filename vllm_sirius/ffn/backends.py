@@ -8,8 +8,10 @@ from typing import Protocol
 import torch
 
 from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn
+from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn
 from vllm_sirius.ffn.kernels.triton import kernels as triton_kernels
 from vllm_sirius.ffn.locate import GatedFFN
+from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.sparsity.coarse import num_kept_neurons
 
 
@@ -19,10 +21,12 @@ class Backend(Protocol):
     Attributes:
         max_tokens: Largest batch for these kernels; beyond it the model's own dense projections are faster.
         num_bytes: Memory that the draft's own copies of weights take, 0 where it reads the target's.
+        max_error: Largest relative difference from the model's own FFNs that rounding explains.
     """
 
     max_tokens: int
     num_bytes: int
+    max_error: float
 
     def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Runs the FFN of one layer with some of its neurons.
@@ -31,6 +35,17 @@ class Backend(Protocol):
             layer: Index of the FFN.
             hidden_states: ``[num_tokens, hidden_size]``.
             indices: The neurons to keep, ascending, ``int32 [kept]``.
+
+        Returns:
+            ``[num_tokens, hidden_size]``.
+        """
+
+    def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Runs the FFN of one layer with all its neurons, in the weights that the draft reads.
+
+        Args:
+            layer: Index of the FFN.
+            hidden_states: ``[num_tokens, hidden_size]``.
 
         Returns:
             ``[num_tokens, hidden_size]``.
@@ -58,11 +73,16 @@ class CPURowsBackend:
     """
 
     max_tokens = 16
+    max_error = 0.03
 
     def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[torch.Tensor]) -> None:
         self._rows = tuple(rows)
         self._activations = [_known(ffn) for ffn in ffns]
         self.num_bytes = sum(weights.numel() * weights.element_size() for weights in self._rows)
+
+    def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `Backend.whole`."""
+        return self.coarse(layer, hidden_states, torch.arange(self._rows[layer].shape[0], dtype=torch.int32))
 
     def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """See `Backend.coarse`."""
@@ -71,6 +91,35 @@ class CPURowsBackend:
     def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
         """See `Backend.fine`."""
         return fine_ffn(hidden_states, self._rows[layer], num_kept, self._activations[layer])
+
+
+class LowBitBackend:
+    """The C++ kernels on rounded neuron-major copies of the weights.
+
+    Args:
+        ffns: The FFNs, each with an activation that the kernels know.
+        rows: Weights of each, ``[neurons, 3, hidden_size]``.
+    """
+
+    max_tokens = 32
+
+    def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[LowBitRows]) -> None:
+        self._rows = tuple(rows)
+        self._activations = [_known(ffn) for ffn in ffns]
+        self.num_bytes = sum(weights.num_bytes for weights in self._rows)
+        self.max_error = 0.05 if self._rows[0].bits == 8 else 0.25
+
+    def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `Backend.whole`."""
+        return low_bit_coarse_ffn(hidden_states, self._rows[layer], None, self._activations[layer])
+
+    def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """See `Backend.coarse`."""
+        return low_bit_coarse_ffn(hidden_states, self._rows[layer], indices, self._activations[layer])
+
+    def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """See `Backend.fine`."""
+        return low_bit_fine_ffn(hidden_states, self._rows[layer], num_kept, self._activations[layer])
 
 
 class TritonBackend:
@@ -85,6 +134,7 @@ class TritonBackend:
 
     max_tokens = 32
     num_bytes = 0
+    max_error = 0.03
 
     def __init__(
         self,
@@ -97,6 +147,11 @@ class TritonBackend:
         self._activations = [_known(ffn) for ffn in ffns]
         self._gate_first = [ffn.gate_first for ffn in ffns]
         self._reductions = tuple(reductions)
+
+    def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `Backend.whole`."""
+        num_neurons, device = self._weights[layer][1].shape[0], hidden_states.device
+        return self.coarse(layer, hidden_states, torch.arange(num_neurons, dtype=torch.int32, device=device))
 
     def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """See `Backend.coarse`."""

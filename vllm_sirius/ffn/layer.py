@@ -21,6 +21,7 @@ from torch import nn
 
 from vllm_sirius.ffn.backends import Backend
 from vllm_sirius.ffn.locate import GatedFFN
+from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
 from vllm_sirius.sparsity.fine import fine_mask
 from vllm_sirius.sparsity.statistics import NeuronStatistics
@@ -50,9 +51,10 @@ class ReducedFFNs:
     Args:
         ffns: The FFNs, in layer order.
         density: Part of the neurons the draft keeps.
-        selection: The coarse selection, or ``None`` for fine sparsity.
-        statistics: What coarse selection learns from, or ``None`` for fine sparsity.
+        selection: The coarse selection, or ``None`` for other sparsities.
+        statistics: What coarse selection learns from, or ``None`` for other sparsities.
         backend: Kernels for the native way, or ``None`` for the masked one.
+        linears: Further layers that drafts run on copies in few bits.
 
     Attributes:
         drafting: The mode.
@@ -66,19 +68,27 @@ class ReducedFFNs:
         selection: CoarseSelection | None,
         statistics: NeuronStatistics | None,
         backend: Backend | None = None,
+        linears: LowBitLinears | None = None,
     ) -> None:
         self.ffns = tuple(ffns)
         self.density = density
         self.selection = selection
         self.statistics = statistics
         self.backend = backend
+        self.linears = linears
         self.drafting = False
         self.num_draft_calls = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether drafts keep all neurons, so that only the bits of the weights differ."""
+        return self.selection is None and self.density == 1.0
 
     @property
     def num_bytes(self) -> int:
         """Memory that drafting adds to the model: copies of weights and the tables of the statistics."""
         copies = self.backend.num_bytes if self.backend is not None else 0
+        copies += self.linears.num_bytes if self.linears is not None else 0
         return copies + (self.statistics.num_bytes if self.statistics is not None else 0)
 
     def install(self) -> None:
@@ -92,6 +102,8 @@ class ReducedFFNs:
             setattr(ffn.module, ffn.activation_name, SwitchedActivation(original, self, ffn, layer, observer))
             if self.backend is not None:
                 _switch_forward(ffn.module, self, layer)
+        if self.linears is not None:
+            self.linears.install(self)
 
     def drop_backend(self) -> None:
         """Goes over to the masked way for good."""
@@ -121,6 +133,8 @@ class ReducedFFNs:
         self.num_draft_calls += 1
         if self.selection is not None:
             return self.backend.coarse(layer, hidden_states, self.selection.indices[layer])
+        if self.whole:
+            return self.backend.whole(layer, hidden_states)
         num_kept = num_kept_neurons(self.density, self.ffns[layer].num_neurons)
         return self.backend.fine(layer, hidden_states, num_kept)
 
@@ -152,7 +166,7 @@ class SwitchedActivation(nn.Module):
         activation: torch.Tensor = self.original(gate_up)
         if self._owner.drafting:
             self._owner.num_draft_calls += 1
-            return activation * self._mask(gate_up)
+            return activation if self._owner.whole else activation * self._mask(gate_up)
         if self._energy is not None:
             torch.ops.vllm_sirius.observe_ffn(activation, self._energy, self._observer, self._layer)
         return activation

@@ -19,6 +19,7 @@ from vllm.config import CompilationMode, set_current_vllm_config
 
 from vllm_sirius.errors import SiriusIntegrationError
 from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.ffn.low_bit_linears import with_bias
 
 TAG = "sirius_draft"
 
@@ -43,6 +44,19 @@ def _reduced_ffn(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.T
 @_reduced_ffn.register_fake
 def _(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
     return torch.empty_like(hidden_states)
+
+
+@torch.library.custom_op("vllm_sirius::low_bit_linear", mutates_args=())
+def _low_bit_linear(inputs: torch.Tensor, owner: int, index: int, num_outputs: int) -> torch.Tensor:
+    """One linear layer on its copy in few bits, opaque to the compiler."""
+    linears = _OWNERS[owner].linears
+    assert linears is not None
+    return linears.run(index, inputs)
+
+
+@_low_bit_linear.register_fake
+def _(inputs: torch.Tensor, owner: int, index: int, num_outputs: int) -> torch.Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], num_outputs)
 
 
 def can_compile(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> bool:
@@ -79,18 +93,21 @@ def clone_draft(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> nn.Mod
     """
     owner = len(_OWNERS)
     _OWNERS.append(ffns)
-    layers = {id(ffn.module): layer for layer, ffn in enumerate(ffns.ffns)}
-    clone = _clone(model, owner, layers, vllm_config)
+    copies = {id(ffn.module): _reduced(ffn.module, owner, layer) for layer, ffn in enumerate(ffns.ffns)}
+    if ffns.linears is not None:
+        for index, linear in enumerate(ffns.linears.layers):
+            copies[id(linear)] = _low_bit(linear, owner, index, ffns.linears.num_outputs(index))
+    clone = _clone(model, copies, vllm_config)
     assert clone is not model
     return clone
 
 
-def _clone(module: nn.Module, owner: int, layers: dict[int, int], vllm_config: Any) -> nn.Module:
-    if id(module) in layers:
-        return _reduced(module, owner, layers[id(module)])
+def _clone(module: nn.Module, copies: dict[int, nn.Module], vllm_config: Any) -> nn.Module:
+    if id(module) in copies:
+        return copies[id(module)]
     replaced = {}
     for name, child in module.named_children():
-        found = _clone(child, owner, layers, vllm_config)
+        found = _clone(child, copies, vllm_config)
         if found is not child:
             replaced[name] = found
     if not replaced:
@@ -121,6 +138,17 @@ def _reduced(module: nn.Module, owner: int, layer: int) -> nn.Module:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output: torch.Tensor = torch.ops.vllm_sirius.reduced_ffn(flat, owner, layer)
         return output.view(hidden_states.shape)
+
+    copied = _shallow_copy(module)
+    copied.__class__ = type(f"Draft{type(module).__name__}", (type(module),), {"forward": forward})
+    return copied
+
+
+def _low_bit(module: nn.Module, owner: int, index: int, num_outputs: int) -> nn.Module:
+    """A copy of a linear layer that only knows its copy in few bits."""
+
+    def forward(self: nn.Module, inputs: torch.Tensor) -> Any:
+        return with_bias(self, torch.ops.vllm_sirius.low_bit_linear(inputs, owner, index, num_outputs))
 
     copied = _shallow_copy(module)
     copied.__class__ = type(f"Draft{type(module).__name__}", (type(module),), {"forward": forward})

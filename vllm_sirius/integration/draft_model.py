@@ -30,6 +30,7 @@ class DraftModel:
 
     def __init__(self, model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> None:
         self._ffns = ffns
+        self._target: Any = model
         self._vllm_config = vllm_config
         self.compiled = can_compile(model, ffns, vllm_config)
         self._model = clone_draft(model, ffns, vllm_config) if self.compiled else model
@@ -59,6 +60,16 @@ class DraftModel:
                 input_ids=input_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None
             )
         return hidden_states
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits of the draft, ``[rows, vocabulary]``, by the lm_head that drafts use.
+
+        Args:
+            hidden_states: ``[rows, hidden_size]``.
+        """
+        with self._ffns.draft_mode():
+            logits: torch.Tensor = self._target.compute_logits(hidden_states)
+        return logits
 
     @torch.inference_mode()
     def try_out(self, device: torch.device) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_loader
 
+from vllm_sirius.config import SiriusConfig
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.backends import CPURowsBackend
+from vllm_sirius.ffn.backends import Backend, CPURowsBackend, LowBitBackend
 from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
+from vllm_sirius.ffn.low_bit import LowBitRows
+from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
 from vllm_sirius.integration.target import LoadedTarget, check_activations
@@ -33,37 +38,91 @@ class _ReadLinearMethod(UnquantizedLinearMethod):
         super().process_weights_after_loading(layer)
 
 
-class _FFNReader:
-    """Collects what the draft needs of one FFN's weights: the neurons' norms, and their rows if wanted."""
+def _watch(layer: nn.Module, name: str, reader: Callable[[torch.Tensor], None]) -> None:
+    method: Any = getattr(layer, "quant_method", None)
+    if type(method) is not UnquantizedLinearMethod:
+        raise SiriusUnsupportedError(
+            f"{name!r} stores its weights by {type(method).__name__}, whose rows cannot be read yet: serve the unquantised "
+            "checkpoint."
+        )
+    method.__class__ = _ReadLinearMethod
+    method.reader = reader
 
-    def __init__(self, ffn: GatedFFN, want_rows: bool) -> None:
+
+class _FFNReader:
+    """Collects what the draft needs of one FFN's weights: the neurons' norms, and their rows if wanted.
+
+    Args:
+        ffn: The FFN.
+        want_rows: Whether kernels will read rows.
+        bits: Bits of a copied weight, or ``None`` for copies of the values as they are.
+    """
+
+    def __init__(self, ffn: GatedFFN, want_rows: bool, bits: int | None) -> None:
         self.norms: torch.Tensor | None = None
-        self.rows: torch.Tensor | None = None
+        self.rows: torch.Tensor | LowBitRows | None = None
         self._ffn = ffn
         self._want_rows = want_rows
+        self._bits = bits
         self._plain: dict[str, torch.Tensor] = {}
-        self._watch("gate_up", ffn.gate_up)
-        self._watch("down", ffn.down)
-
-    def _watch(self, part: str, layer: nn.Module) -> None:
-        method: Any = getattr(layer, "quant_method", None)
-        if type(method) is not UnquantizedLinearMethod:
-            raise SiriusUnsupportedError(
-                f"the FFN {self._ffn.name!r} stores its weights by {type(method).__name__}, whose rows cannot be read yet: "
-                "serve the unquantised checkpoint."
-            )
-        method.__class__ = _ReadLinearMethod
-        method.reader = lambda weight: self._read(part, weight)
+        _watch(ffn.gate_up, ffn.name, lambda weight: self._read("gate_up", weight))
+        _watch(ffn.down, ffn.name, lambda weight: self._read("down", weight))
 
     def _read(self, part: str, weight: torch.Tensor) -> None:
         if part == "down":
             self.norms = neuron_norms(weight)
         if not self._want_rows:
             return
+        if self._bits is not None:
+            self._round(part, weight, self._bits)
+            return
         self._plain[part] = weight
         if len(self._plain) == 2:
             self.rows = neuron_rows(self._plain["gate_up"], self._plain["down"], self._ffn.gate_first)
             self._plain.clear()
+
+    def _round(self, part: str, weight: torch.Tensor, bits: int) -> None:
+        if self.rows is None:
+            self.rows = LowBitRows.empty(bits, (self._ffn.num_neurons, 3, self._ffn.hidden_size))
+        assert isinstance(self.rows, LowBitRows)
+        if part == "down":
+            self.rows.fill((slice(None), 2), weight.t())
+            return
+        halves = weight.split(self._ffn.num_neurons)
+        for place, half in enumerate(halves if self._ffn.gate_first else halves[::-1]):
+            self.rows.fill((slice(None), place), half)
+
+
+class _LinearReader:
+    """Copies the linear layers outside of the FFNs in few bits.
+
+    Args:
+        model: The model, before its weights load.
+        ffns: Its FFNs.
+        bits: Bits of a copied weight.
+    """
+
+    def __init__(self, model: nn.Module, ffns: list[GatedFFN], bits: int) -> None:
+        self._bits = bits
+        self._rows: dict[nn.Module, LowBitRows] = {}
+        known = {id(layer) for ffn in ffns for layer in (ffn.gate_up, ffn.down)}
+        for name, layer in model.named_modules():
+            if isinstance(layer, LinearBase) and id(layer) not in known and "layers." in name:
+                _watch(layer, name, functools.partial(self._read, layer))
+
+    def _read(self, layer: nn.Module, weight: torch.Tensor) -> None:
+        self._rows[layer] = LowBitRows.quantise(weight, self._bits)
+
+    def collect(self, model: Any) -> LowBitLinears:
+        """The copies, that of the lm_head included, once the weights are loaded.
+
+        Args:
+            model: The loaded model.
+        """
+        head = getattr(model, "lm_head", None)
+        if isinstance(head, VocabParallelEmbedding) and head.weight.dim() == 2:
+            return LowBitLinears(self._rows, (head, LowBitRows.quantise(head.weight.data, self._bits)))
+        return LowBitLinears(self._rows, None)
 
 
 def load_target(vllm_config: Any) -> LoadedTarget:
@@ -80,24 +139,46 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     """
     loader = get_model_loader(vllm_config.load_config)
     create_model = loader.create_model
+    config: SiriusConfig = vllm_config.speculative_config.sirius
+    bits = config.draft_bits
     built: list[tuple[list[GatedFFN], ModelShape, list[_FFNReader], KernelChoice]] = []
+    linears: list[_LinearReader] = []
 
     def create_and_check(*args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = create_model(*args, **kwargs)
         ffns = locate_gated_ffns(model)
-        check_activations(vllm_config.speculative_config.sirius, ffns)
+        check_activations(config, ffns)
         kernels = _choose_kernels(vllm_config, ffns)
-        built.append((ffns, measure_shape(model, ffns), [_FFNReader(ffn, kernels.native) for ffn in ffns], kernels))
+        _check_low_bit(config, kernels)
+        shape = measure_shape(model, ffns)
+        built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits) for ffn in ffns], kernels))
+        if bits is not None and config.draft_weights_scope == "all":
+            linears.append(_LinearReader(model, ffns, bits))
         return model
 
     loader.create_model = create_and_check
     model = loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
     ffns, shape, readers, kernels = built[0]
     norms = [reader.norms for reader in readers if reader.norms is not None]
-    rows = [reader.rows for reader in readers if reader.rows is not None]
     assert len(norms) == len(ffns), "the loader did not process the weights of every FFN"
-    backend = CPURowsBackend(ffns, rows) if kernels.native else None
-    return LoadedTarget(model, ffns, shape, torch.cat(norms), backend, kernels)
+    backend = _make_backend(ffns, readers) if kernels.native else None
+    further = linears[0].collect(model) if linears else None
+    return LoadedTarget(model, ffns, shape, torch.cat(norms), backend, kernels, linears=further)
+
+
+def _make_backend(ffns: list[GatedFFN], readers: list[_FFNReader]) -> Backend:
+    rounded = [reader.rows for reader in readers if isinstance(reader.rows, LowBitRows)]
+    if rounded:
+        return LowBitBackend(ffns, rounded)
+    return CPURowsBackend(ffns, [reader.rows for reader in readers if isinstance(reader.rows, torch.Tensor)])
+
+
+def _check_low_bit(config: SiriusConfig, kernels: KernelChoice) -> None:
+    if config.draft_bits is not None and not kernels.native:
+        raise SiriusUnsupportedError(
+            f"draft_weights={config.draft_weights!r} needs the compiled kernels, which cannot be used here "
+            f"({kernels.reason}): use draft_weights='shared'."
+        )
 
 
 def _choose_kernels(vllm_config: Any, ffns: list[GatedFFN]) -> KernelChoice:

@@ -42,6 +42,10 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
     assert config is not None
     ffns = locate_gated_ffns(model)
     check_activations(config, ffns)
+    if config.draft_bits is not None:
+        raise SiriusUnsupportedError(
+            f"draft_weights={config.draft_weights!r} is for CPU so far: use draft_weights='shared', which costs no memory here."
+        )
     for ffn in ffns:
         _check_readable(ffn)
     shape = measure_shape(model, ffns)

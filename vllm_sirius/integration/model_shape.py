@@ -11,7 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.ffn.locate import GatedFFN
-from vllm_sirius.metrics import draft_density, fine_ffn_density
+from vllm_sirius.metrics import fine_ffn_density
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,14 @@ class ModelShape:
 
     def draft_density(self, config: SiriusConfig) -> float:
         """Part of a dense step's bytes that a draft step has to read."""
-        kept = config.density if config.sparsity == "coarse" else fine_ffn_density(config.density)
-        return draft_density(self.ffn_share, kept)
+        kept = {"coarse": config.density, "fine": fine_ffn_density(config.density), "none": 1.0}[config.sparsity]
+        copied = LOW_BIT_SHARE[config.draft_weights]
+        rest = copied if config.draft_weights_scope == "all" else 1.0
+        return self.ffn_share * kept * copied + (1.0 - self.ffn_share) * rest
+
+
+LOW_BIT_SHARE = {"shared": 1.0, "int8": 0.5, "int4": 0.28125}
+"""Bytes of a copied weight, scales included, over those of a 16-bit one."""
 
 
 def measure_shape(model: nn.Module, ffns: Sequence[GatedFFN]) -> ModelShape:

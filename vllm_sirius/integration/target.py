@@ -16,6 +16,7 @@ from vllm_sirius.ffn.backends import Backend
 from vllm_sirius.ffn.kernels.native import KernelChoice
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.locate import GatedFFN
+from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.model_shape import ModelShape
@@ -41,6 +42,7 @@ class LoadedTarget:
         neuron_norms: ``||down_j||**2`` of every neuron of every layer, one after the other, ``float32``.
         backend: Kernels bound to the weights, or ``None`` where no native kernel can be used.
         kernels: What computes the reduced FFNs, for the start-up line.
+        linears: Further layers that drafts run on copies in few bits.
         observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
     """
 
@@ -51,6 +53,7 @@ class LoadedTarget:
     backend: Backend | None
     kernels: KernelChoice
     observe: ObserveKernel | None = None
+    linears: LowBitLinears | None = None
 
 
 def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
@@ -102,7 +105,8 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
         selection = CoarseSelection(sizes, config.density, vllm_config.model_config.dtype, device)
         selector = NeuronSelector(statistics, selection, target.neuron_norms if config.refresh else None)
         selector.select(torch.full((1,), statistics.nobody, dtype=torch.int64, device=device))
-    ffns = ReducedFFNs(target.ffns, config.density, selection, statistics, target.backend)
+    density = 1.0 if config.sparsity == "none" else config.density
+    ffns = ReducedFFNs(target.ffns, density, selection, statistics, target.backend, target.linears)
     ffns.install()
     return ffns, selector
 
@@ -127,6 +131,11 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     dtype = vllm_config.model_config.dtype
     kernels = target.kernels
     if ffns.backend is not None and not backend_reproduces_ffns(ffns, dtype, device):
+        if config.draft_bits is not None:
+            raise SiriusUnsupportedError(
+                f"draft_weights={config.draft_weights!r}: the FFNs of this model compute more than gate, up and down, which the "
+                "kernels do not know: use draft_weights='shared'."
+            )
         ffns.drop_backend()
         kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
     draft = DraftModel(target.model, ffns, vllm_config)
@@ -142,16 +151,17 @@ def _announce(
     """Says at start-up what will run and what it costs, in one line."""
     rule = "lossless" if config.lossless else f"threshold {config.threshold:g} (lossy)"
     refreshed = ", refreshed" if config.sparsity == "coarse" and config.refresh else ""
+    what = "all neurons" if config.sparsity == "none" else f"{config.sparsity} density {config.density:g}{refreshed}"
+    if config.draft_bits is not None:
+        what += f", {config.draft_weights} {config.draft_weights_scope}"
     kept = shape.draft_density(config)
     logger.info(
-        "Sirius: %d gated FFNs of %d neurons, %s density %g%s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is "
+        "Sirius: %d gated FFNs of %d neurons, %s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is "
         "%.0f%% of a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
         "self-test: draft differs from target by %.1f%%",
         shape.num_ffns,
         shape.num_neurons,
-        config.sparsity,
-        config.density,
-        refreshed,
+        what,
         config.kernel_size,
         ", adaptive" if config.adaptive else "",
         rule,

@@ -44,11 +44,9 @@ class DraftForward:
 
     def __call__(self, rows: list[int], token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Runs the step; see `drafting.loop.DraftForward`."""
-        runner = self._runner
         attn_metadata, slot_mapping = self._attention(rows, positions)
         hidden_states = self._draft.forward(token_ids, positions, attn_metadata, slot_mapping=slot_mapping)
-        logits: torch.Tensor = runner.model.compute_logits(hidden_states)
-        return logits
+        return self._draft.compute_logits(hidden_states)
 
     def _attention(self, rows: list[int], positions: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         runner = self._runner

@@ -257,7 +257,7 @@ class SiriusSpeculator(DraftModelSpeculator):
             slot_mapping=slot_mappings,
             batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
         )
-        token_ids = self._choose(self.model.compute_logits(hidden_states[:num_reqs]), num_reqs)
+        token_ids = self._choose(self._draft.compute_logits(hidden_states[:num_reqs]), num_reqs)
         self._batch.advance(num_reqs, token_ids)
 
     def _choose(self, logits: torch.Tensor, num_reqs: int) -> torch.Tensor:

@@ -1,0 +1,112 @@
+"""Linear layers outside of the FFNs that drafts run on copies in few bits: attention projections and the lm_head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_linear
+from vllm_sirius.ffn.low_bit import LowBitRows
+
+MAX_TOKENS = 32
+"""Largest batch for these kernels; beyond it the model's own dense layers run."""
+
+
+class DraftMode(Protocol):
+    """Whoever knows whether a forward pass is a draft."""
+
+    drafting: bool
+
+
+class LowBitLinears:
+    """The copies, and the switch in the layers.
+
+    Args:
+        layers: Copy of each layer's weight, ``[out, in]``, by the layer. A layer's forward takes one input and returns the
+            output, with its bias beside it where ``return_bias`` is set, as vLLM's parallel linear layers do.
+        head: The lm_head and its copy, or ``None``; it is called through its ``quant_method``.
+    """
+
+    def __init__(self, layers: Mapping[nn.Module, LowBitRows], head: tuple[nn.Module, LowBitRows] | None) -> None:
+        self.layers = list(layers)
+        self._rows = list(layers.values())
+        self._head = head
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the copies."""
+        head = self._head[1].num_bytes if self._head is not None else 0
+        return head + sum(rows.num_bytes for rows in self._rows)
+
+    def install(self, mode: DraftMode) -> None:
+        """Puts the switch into every layer.
+
+        Args:
+            mode: Asked at each forward pass.
+        """
+        for index, layer in enumerate(self.layers):
+            self._switch_layer(layer, index, mode)
+        if self._head is not None:
+            _switch_head(*self._head, mode)
+
+    def run(self, index: int, inputs: torch.Tensor) -> torch.Tensor:
+        """Runs one layer on its copy, bias included unless the layer leaves it to its caller.
+
+        Args:
+            index: Its place in `layers`.
+            inputs: ``[..., in]``.
+
+        Returns:
+            ``[..., out]``.
+        """
+        layer: Any = self.layers[index]
+        bias = None if layer.skip_bias_add else layer.bias
+        output = low_bit_linear(inputs.reshape(-1, inputs.shape[-1]), self._rows[index], bias)
+        return output.view(*inputs.shape[:-1], output.shape[-1])
+
+    def num_outputs(self, index: int) -> int:
+        """Width of a layer's output."""
+        return self._rows[index].packed.shape[0]
+
+    def _switch_layer(self, layer: nn.Module, index: int, mode: DraftMode) -> None:
+        upstream = type(layer)
+        owner = self
+
+        def forward(self: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if mode.drafting and inputs.numel() <= MAX_TOKENS * inputs.shape[-1]:
+                return with_bias(self, owner.run(index, inputs))
+            return upstream.forward(self, inputs, *args, **kwargs)
+
+        layer.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"forward": forward})
+
+
+def with_bias(layer: Any, output: torch.Tensor) -> Any:
+    """An output in the form that the layer's caller expects.
+
+    Args:
+        layer: The layer.
+        output: Its output, without the bias if the layer leaves it to its caller.
+
+    Returns:
+        The output alone, or with the bias or ``None`` beside it.
+    """
+    return (output, layer.bias if layer.skip_bias_add else None) if layer.return_bias else output
+
+
+def _switch_head(head: Any, rows: LowBitRows, mode: DraftMode) -> None:
+    upstream = type(head.quant_method)
+
+    def apply(self: Any, layer: nn.Module, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if mode.drafting and inputs.numel() <= MAX_TOKENS * inputs.shape[-1]:
+            return low_bit_linear(inputs, rows, bias)
+        output: torch.Tensor = upstream.apply(self, layer, inputs, bias)
+        return output
+
+    # A method object may serve several layers; the head gets one of its own.
+    method = copy.copy(head.quant_method)
+    method.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"apply": apply})
+    head.quant_method = method
