@@ -1,13 +1,16 @@
-"""Acceptance lengths on real prompts: a floor for each configuration (runner v1).
+"""Acceptance lengths on real prompts: a floor for each configuration, and the same length on both model runners.
 
 The floors of the 1.5B model are the project's bars; those of the small models are regression floors a tenth below what was
 measured when they were written.
 """
 
 import pytest
-from support.real_models import QWEN_LARGE, QWEN_SMALL, chat_prompts, model_path
+from support.engine_host import EngineHost
+from support.real_models import QWEN_LARGE, QWEN_SMALL, SMOL, chat_prompts, model_path
+from support.runners import RUNNERS, only_v1
 
 NUM_PROMPTS = 12
+KERNEL = 16
 
 
 def acceptance_length(host, name, task, num_prompts, options, max_tokens=128, batch=1):
@@ -16,33 +19,42 @@ def acceptance_length(host, name, task, num_prompts, options, max_tokens=128, ba
         "dtype": "bfloat16",
         "max_model_len": 2048,
         "max_num_seqs": batch,
-        "speculative_config": {"method": "sirius", "kernel_size": 16, "threshold": 0.1, "adaptive": False, **options},
+        "speculative_config": {
+            "method": "sirius",
+            "kernel_size": KERNEL,
+            "threshold": 0.1,
+            "adaptive": False,
+            **options,
+        },
     }
     found = host.generate(engine, chat_prompts(name, task, num_prompts), {"max_tokens": max_tokens})
-    print(f"acceptance length {name} {task} {options}: {found.acceptance_length:.2f} of 16")
+    print(f"acceptance length {name} {task} {options}: {found.acceptance_length:.2f} of {KERNEL}")
     return found.acceptance_length
 
 
+@only_v1
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["gsm8k", "humaneval"])
 @pytest.mark.parametrize(
     ("options", "floor"),
     [({}, 10.5), ({"sparsity": "fine"}, 14.0), ({"refresh": False}, 4.0)],
-    ids=["v1-coarse-refreshed", "v1-fine", "v1-coarse-as-in-the-paper"],
+    ids=["coarse-refreshed", "fine", "coarse-as-in-the-paper"],
 )
 def test_qwen_large(host, task, options, floor):
     batch = 4 if options.get("sparsity") == "fine" else 1
     assert acceptance_length(host, QWEN_LARGE, task, NUM_PROMPTS, options, batch=batch) >= floor
 
 
-def test_refresh_and_fine_sparsity_lengthen_acceptance_v1(host):
+@only_v1
+def test_refresh_and_fine_sparsity_lengthen_acceptance(host):
     paper = acceptance_length(host, QWEN_SMALL, "gsm8k", 4, {"refresh": False}, max_tokens=64)
     refreshed = acceptance_length(host, QWEN_SMALL, "gsm8k", 4, {}, max_tokens=64)
     fine = acceptance_length(host, QWEN_SMALL, "gsm8k", 4, {"sparsity": "fine"}, max_tokens=64)
-    assert 1.0 < paper < refreshed < fine <= 16.0
+    assert 1.0 < paper < refreshed < fine <= KERNEL
 
 
-def test_adaptive_length_wastes_fewer_drafts_v1(host):
+@only_v1
+def test_adaptive_length_wastes_fewer_drafts(host):
     prompts = chat_prompts(QWEN_SMALL, "gsm8k", 2)
     waste = {}
     for adaptive in (False, True):
@@ -55,3 +67,28 @@ def test_adaptive_length_wastes_fewer_drafts_v1(host):
         found = host.generate(engine, prompts, {"max_tokens": 48, "ignore_eos": True})
         waste[adaptive] = found.num_draft_tokens - found.num_accepted_tokens
     assert waste[True] < 0.7 * waste[False]
+
+
+PARITY = {
+    "coarse": {},
+    "coarse-as-in-the-paper": {"refresh": False},
+    "fine": {"sparsity": "fine", "density": 0.3},
+}
+
+
+def test_acceptance_is_as_long_on_v2_as_on_v1():
+    """Tokens per pass of one request at a time, counted alike on both: vLLM's counters differ between the runners."""
+    prompts = chat_prompts(SMOL, "gsm8k", 2) + chat_prompts(SMOL, "humaneval", 1)
+    sampling = {"max_tokens": 64, "ignore_eos": True}
+    lengths = {}
+    for runner in RUNNERS:
+        with EngineHost(runner=runner) as host:
+            for name, options in PARITY.items():
+                sirius = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, **options}
+                engine = {"model": model_path(SMOL), "max_num_seqs": 1, "speculative_config": sirius}
+                counted = host.probe(engine, "support.probes:count_passes", prompts=prompts, sampling=sampling)
+                lengths[name, runner] = counted["tokens"] / counted["passes"]
+                print(f"acceptance length {SMOL} {name} on {runner}: {lengths[name, runner]:.3f} of {KERNEL}")
+    for name in PARITY:
+        assert 1.0 < lengths[name, "v1"] < KERNEL
+        assert lengths[name, "v2"] == pytest.approx(lengths[name, "v1"], rel=0.02)

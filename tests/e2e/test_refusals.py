@@ -1,7 +1,6 @@
 """Set-ups that Sirius cannot serve are refused before weights load, by option, value and remedy; the full list."""
 
 import pytest
-from support.engine_host import EngineError
 from support.real_models import SMOL, model_path
 
 SIRIUS = {"method": "sirius"}
@@ -28,29 +27,28 @@ REFUSED_SETUPS = [
 
 
 @pytest.mark.parametrize(("options", "words"), REFUSED_SETUPS, ids=lambda value: str(value)[:70])
-def test_setup_is_refused_v1(host, options, words):
+def test_setup_is_refused(host, options, words):
     engine = {"model": model_path(SMOL), "speculative_config": SIRIUS, **options}
     answer = host.probe_config(engine)
     assert answer is not None, "the engine config was accepted"
     assert all(word in answer for word in words), answer
 
 
-def test_every_rule_of_the_engine_check_can_fire_v1(host):
+@pytest.fixture(scope="module")
+def rules(host):
     """Each rule of `engine_support.RULES`, fed a config that differs from a good one in nothing else."""
-    report = host.probe_static("support.probes:fire_every_rule", model=model_path(SMOL))
-    assert report["good"] is None
-    assert len(report["fired"]) == report["num_rules"]
-    for rule, message in report["fired"].items():
+    return host.probe_static("support.engine_rules:fire_every_rule", model=model_path(SMOL))
+
+
+def test_every_rule_of_the_engine_check_can_fire(rules):
+    assert rules["good"] is None
+    assert len(rules["fired"]) == rules["num_rules"]
+    for rule, message in rules["fired"].items():
         assert message is not None, f"rule {rule} did not fire"
         assert message.startswith("speculative method 'sirius' with ")
         assert ";" in message.split(":", 1)[1] or "use" in message, message
 
 
-def test_v2_runner_is_refused_with_the_remedy(tmp_path):
-    from support.engine_host import EngineHost
-
-    with (
-        EngineHost({"VLLM_USE_V2_MODEL_RUNNER": "1"}) as host,
-        pytest.raises(EngineError, match=r"Model Runner V2|Triton"),
-    ):
-        host.generate({"model": model_path(SMOL), "speculative_config": SIRIUS}, [[1, 2, 3]], {"max_tokens": 2})
+def test_a_gpu_forced_to_runner_v1_is_refused_with_the_remedy(rules):
+    assert "Model Runner V1 on a GPU" in rules["fired"]["v1 on a gpu"]
+    assert "unset VLLM_USE_V2_MODEL_RUNNER" in rules["fired"]["v1 on a gpu"]

@@ -1,17 +1,58 @@
-"""Sampling parameters behave as in vLLM (runner v1)."""
+"""Sampling parameters behave as in vLLM, on both model runners.
+
+Building an engine costs more than its answers, so all requests of one engine are put together: those of the lossless engine
+are compared with plain vLLM's in one mixed batch, those under the threshold rule bring their own threshold. What is drawn at
+random comes from a tiny model: the interpreter pays for each word of the vocabulary (see `support.v2_on_cpu`).
+"""
 
 import json
 
 import pytest
-from support.real_models import QWEN_SMALL, SMOL, chat_prompts, model_path
+from support.real_models import SMOL, chat_prompt, chat_prompts, model_path
+from support.runners import only_v1
+from support.tiny_models import build
 
-LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 8}
-THRESHOLD = {"method": "sirius", "kernel_size": 8}
+SIRIUS = {"method": "sirius", "kernel_size": 8}
+LOSSLESS = {**SIRIUS, "acceptance": "lossless"}
+BAD_WORDS = ["the", " the", " to"]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+GRAMMAR = {"max_tokens": 60, "structured_outputs": {"json": SCHEMA}}
+SEEDED = [
+    {"max_tokens": 24, "temperature": 1.0, "seed": 7, "ignore_eos": True},
+    {"max_tokens": 24, "temperature": 0.7, "top_p": 0.9, "seed": 8, "ignore_eos": True},
+    {"max_tokens": 24, "temperature": 0.5, "top_k": 5, "seed": 7, "ignore_eos": True},
+    {"max_tokens": 24, "ignore_eos": True},
+]
+TINY_PROMPTS = [[3 + i, 1, 4, 1, 5, 9, 2, 6] for i in range(len(SEEDED))]
 
 
-def engine(options=None, name=SMOL):
-    base = {"model": model_path(name), "max_model_len": 1024, "max_num_seqs": 8}
+def engine(options=None):
+    base = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 8}
     return base if options is None else {**base, "speculative_config": options}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Engine options of a tiny model, which has few words."""
+    path = str(build("llama", tmp_path_factory.getbasetemp().parent / "tiny-models"))
+
+    def options(speculative=None):
+        base = {"model": path, "max_model_len": 128, "max_num_seqs": 8}
+        return base if speculative is None else {**base, "speculative_config": speculative}
+
+    return options
+
+
+def threshold(value, **sampling):
+    return {**sampling, "extra_args": {"sirius_threshold": value}}
 
 
 @pytest.fixture(scope="module")
@@ -19,133 +60,175 @@ def prompts():
     return chat_prompts(SMOL, "gsm8k", 4)
 
 
-def compare_greedy(host, prompts, sampling):
-    reference = host.generate(engine(), prompts, sampling)
-    found = host.generate(engine(LOSSLESS), prompts, sampling)
-    assert found.token_ids == reference.token_ids
-    assert [c.text for c in found.completions] == [c.text for c in reference.completions]
-    assert [c.finish_reason for c in found.completions] == [c.finish_reason for c in reference.completions]
-    assert [c.stop_reason for c in found.completions] == [c.stop_reason for c in reference.completions]
-    return reference, found
+@pytest.fixture(scope="module")
+def greedy(host, prompts):
+    """What plain vLLM continues the prompts with."""
+    return host.generate(engine(), prompts, {"max_tokens": 24, "ignore_eos": True}).token_ids
 
 
-def test_end_of_text_v1(host, prompts):
-    reference, _ = compare_greedy(host, prompts, {"max_tokens": 300})
-    assert any(c.finish_reason == "stop" for c in reference.completions)
+@pytest.fixture(scope="module")
+def requests(prompts, greedy):
+    """Greedy requests by kind: prompts and sampling parameters."""
+    first, second = prompts[:2]
+    short = [chat_prompt(SMOL, "Name a color.")]
+    return {
+        "end of text": (short, {"max_tokens": 80}),
+        "stop strings": ([first, second], {"max_tokens": 60, "stop": [".", " the"]}),
+        "stop token": ([first], {"max_tokens": 30, "stop_token_ids": [greedy[0][9]]}),
+        "min tokens": ([first], {"max_tokens": 30, "min_tokens": 20, "stop_token_ids": [greedy[0][3]]}),
+        "penalties": (
+            [first, second],
+            {"max_tokens": 24, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        ),
+        "bad words": ([first, second], {"max_tokens": 30, "bad_words": BAD_WORDS}),
+        "logprobs": ([first, second], {"max_tokens": 16, "logprobs": 2}),
+        "grammar": ([first], GRAMMAR),
+    }
 
 
-def test_stop_strings_v1(host, prompts):
-    reference, _ = compare_greedy(host, prompts, {"max_tokens": 80, "stop": [".", " the"]})
-    assert all(c.finish_reason == "stop" for c in reference.completions)
+@pytest.fixture(scope="module")
+def plain(host, requests):
+    return generate_all(host, engine(), requests)
 
 
-def test_stop_token_ids_v1(host, prompts):
-    text = host.generate(engine(), prompts[:1], {"max_tokens": 20}).token_ids[0]
-    reference, _ = compare_greedy(host, prompts[:1], {"max_tokens": 40, "stop_token_ids": [text[9]]})
-    assert reference.completions[0].stop_reason == text[9]
+@pytest.fixture(scope="module")
+def lossless(host, requests, plain):
+    """Comes after everything that plain vLLM answers."""
+    return generate_all(host, engine(LOSSLESS), requests)
 
 
-def test_min_tokens_v1(host, prompts):
-    stop = host.generate(engine(), prompts[:1], {"max_tokens": 20}).token_ids[0][3]
-    sampling = {"max_tokens": 40, "min_tokens": 25, "stop_token_ids": [stop]}
-    reference, _ = compare_greedy(host, prompts[:1], sampling)
-    assert len(reference.token_ids[0]) >= 25
-    loose = host.generate(engine({**THRESHOLD, "threshold": 0}), prompts[:1], sampling)
-    assert len(loose.token_ids[0]) >= 25
-    assert stop not in loose.token_ids[0][:25]
+def generate_all(host, options, requests):
+    """Answers by kind, all of them from one batch."""
+    kinds = [kind for kind, (prompts, _) in requests.items() for _ in prompts]
+    prompts = [prompt for some, _ in requests.values() for prompt in some]
+    sampling = [parameters for some, parameters in requests.values() for _ in some]
+    found = host.generate(options, prompts, sampling)
+    answers = {kind: [] for kind in requests}
+    for kind, completion in zip(kinds, found.completions, strict=True):
+        answers[kind].append(completion)
+    answers["accepted"] = found.num_accepted_tokens
+    return answers
 
 
-def test_penalties_v1(host, prompts):
-    sampling = {"max_tokens": 40, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
-    reference, _ = compare_greedy(host, prompts, sampling)
-    plain = host.generate(engine(), prompts, {"max_tokens": 40})
-    assert plain.token_ids != reference.token_ids
+def check_same(kind, plain, lossless):
+    assert lossless["accepted"] > 0
+    for one, other in zip(plain[kind], lossless[kind], strict=True):
+        assert other.token_ids == one.token_ids
+        assert other.text == one.text
+        assert (other.finish_reason, other.stop_reason) == (one.finish_reason, one.stop_reason)
 
 
-def test_bad_words_v1(host, prompts):
-    sampling = {"max_tokens": 40, "bad_words": ["the", " the", " to"]}
-    reference, _ = compare_greedy(host, prompts, sampling)
-    assert all(" the " not in c.text for c in reference.completions)
-    loose = host.generate(engine({**THRESHOLD, "threshold": 0}), prompts, sampling)
-    assert all(" the " not in c.text for c in loose.completions)
+def test_end_of_text(plain, lossless):
+    check_same("end of text", plain, lossless)
+    assert all(c.finish_reason == "stop" for c in plain["end of text"])
 
 
-def test_logprobs_v1(host, prompts):
-    sampling = {"max_tokens": 24, "logprobs": 2}
-    reference, found = compare_greedy(host, prompts, sampling)
-    for one, other in zip(reference.completions, found.completions, strict=True):
+def test_stop_strings(plain, lossless):
+    check_same("stop strings", plain, lossless)
+    assert all(c.finish_reason == "stop" for c in plain["stop strings"])
+
+
+def test_stop_token_ids(plain, lossless, greedy):
+    check_same("stop token", plain, lossless)
+    assert plain["stop token"][0].stop_reason == greedy[0][9]
+
+
+def test_min_tokens(plain, lossless):
+    check_same("min tokens", plain, lossless)
+    assert len(plain["min tokens"][0].token_ids) >= 20
+
+
+def test_penalties(plain, lossless, greedy):
+    check_same("penalties", plain, lossless)
+    assert all(c.token_ids != greedy[i] for i, c in enumerate(plain["penalties"]))
+
+
+def test_bad_words(plain, lossless):
+    check_same("bad words", plain, lossless)
+    assert all(" the " not in c.text for c in plain["bad words"])
+
+
+def test_logprobs(plain, lossless):
+    check_same("logprobs", plain, lossless)
+    for one, other in zip(plain["logprobs"], lossless["logprobs"], strict=True):
         assert one.logprobs is not None
-        assert other.logprobs is not None
         assert other.logprobs == pytest.approx(one.logprobs, abs=2e-3)
 
 
-def test_logprobs_of_threshold_tokens_are_the_targets_v1(host, prompts):
-    loose = host.generate(engine({**THRESHOLD, "threshold": 0.05}), prompts[:1], {"max_tokens": 32, "logprobs": 1})
-    text, logprobs = loose.token_ids[0], loose.completions[0].logprobs
-    scored = host.generate(engine(), [prompts[0] + text[:i] for i in range(8)], {"max_tokens": 1, "logprobs": 20})
-    assert len(scored.token_ids) == 8
-    assert logprobs is not None
-    assert all(value <= 0 for value in logprobs)
-    for i in range(8):
-        if scored.token_ids[i][0] == text[i]:
-            assert logprobs[i] == pytest.approx(scored.completions[i].logprobs[0], abs=2e-3)
+def test_grammar(plain, lossless):
+    check_same("grammar", plain, lossless)
+    assert set(json.loads(lossless["grammar"][0].text)) == {"name", "age"}
 
 
-@pytest.mark.parametrize(
-    "options", [LOSSLESS, {**THRESHOLD, "threshold": 2.0}], ids=["v1-lossless", "v1-threshold-above-one"]
-)
-def test_seeded_sampling_is_token_identical(host, prompts, options):
-    """One draw of the request's generator per emitted token, whatever was drafted and rejected."""
-    sampling = [
-        {"max_tokens": 40, "temperature": 1.0, "seed": 7},
-        {"max_tokens": 40, "temperature": 0.7, "top_p": 0.9, "seed": 8},
-        {"max_tokens": 40, "temperature": 0.5, "top_k": 5, "seed": 7},
-        {"max_tokens": 40},
-    ]
-    reference = host.generate(engine(), prompts, sampling).token_ids
-    found = host.generate(engine(options), prompts, sampling)
+@only_v1
+def test_seeded_sampling_of_a_real_model_is_token_identical(host, prompts):
+    reference = host.generate(engine(), prompts, SEEDED).token_ids
+    found = host.generate(engine(LOSSLESS), prompts, SEEDED)
     assert found.token_ids == reference
     assert found.num_accepted_tokens > 0
 
 
-def test_a_seed_repeats_itself_under_the_threshold_rule_v1(host, prompts):
-    sampling = {"max_tokens": 24, "temperature": 1.0, "seed": 7}
-    once = host.generate(engine(THRESHOLD), prompts, sampling).token_ids
-    again = host.generate(engine(THRESHOLD), prompts, sampling).token_ids
-    other = host.generate(engine(THRESHOLD), prompts, {**sampling, "seed": 8}).token_ids
-    assert once == again
-    assert once != other
+def test_logprobs_of_threshold_tokens_are_the_targets(host, prompts):
+    found = host.generate(engine(SIRIUS), prompts[:1], threshold(0.05, max_tokens=16, logprobs=1))
+    text, logprobs = found.token_ids[0], found.completions[0].logprobs
+    assert logprobs is not None
+    assert all(value <= 0 for value in logprobs)
+    # The target's own continuations of the text's beginnings: a draft of nothing needs no plain engine.
+    off = {"max_tokens": 1, "logprobs": 20, "extra_args": {"sirius": "off"}}
+    scored = host.generate(engine(SIRIUS), [prompts[0] + text[:i] for i in range(8)], off)
+    same = [i for i in range(8) if scored.token_ids[i][0] == text[i]]
+    assert len(same) >= 4
+    for i in same:
+        assert logprobs[i] == pytest.approx(scored.completions[i].logprobs[0], abs=2e-3)
 
 
-def test_unseeded_sampling_differs_from_request_to_request_v1(host, prompts):
+def test_accepting_everything_stays_within_what_a_request_allows(host, prompts, greedy):
+    """Threshold 0 accepts all that grammar, bad words and a least length leave."""
+    stop = greedy[0][3]
+    sampling = [
+        threshold(0, **GRAMMAR),
+        threshold(0, max_tokens=30, bad_words=BAD_WORDS),
+        threshold(0, max_tokens=30, min_tokens=20, stop_token_ids=[stop]),
+    ]
+    found = host.generate(engine(SIRIUS), [prompts[0]] * 3, sampling)
+    assert set(json.loads(found.completions[0].text)) == {"name", "age"}
+    assert " the " not in found.completions[1].text
+    assert len(found.token_ids[2]) >= 20
+    assert stop not in found.token_ids[2][:20]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [LOSSLESS, {**SIRIUS, "threshold": 2.0}, {**LOSSLESS, "sparsity": "fine", "density": 0.9}],
+    ids=["lossless", "threshold-above-one", "fine"],
+)
+def test_seeded_sampling_is_token_identical(host, tiny, options):
+    """One draw per emitted token, whatever was drafted and rejected."""
+    reference = host.generate(tiny(), TINY_PROMPTS, SEEDED).token_ids
+    found = host.generate(tiny(options), TINY_PROMPTS, SEEDED)
+    assert found.token_ids == reference
+    assert 0 < found.num_accepted_tokens < found.num_draft_tokens
+
+
+def test_unseeded_sampling_differs_from_request_to_request(host, tiny):
     sampling = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
-    found = host.generate(engine(LOSSLESS), [prompts[0]] * 4, sampling).token_ids
+    found = host.generate(tiny(LOSSLESS), TINY_PROMPTS[:1] * 4, sampling).token_ids
     assert len({tuple(text) for text in found}) == 4
 
 
-def test_threshold_respects_top_k_of_sampling_requests_v1(host, prompts):
-    """Threshold 0 accepts all that the request allows: with top_k 1 only the target's own choice is allowed."""
-    greedy = host.generate(engine(), prompts, {"max_tokens": 24, "ignore_eos": True})
-    sampling = {"max_tokens": 24, "temperature": 0.7, "top_k": 1, "seed": 1, "ignore_eos": True}
-    found = host.generate(engine({**THRESHOLD, "threshold": 0}), prompts, sampling)
-    assert found.token_ids == greedy.token_ids
+def test_a_seed_repeats_itself_under_the_threshold_rule(host, tiny):
+    """In the same batch: its requests share one set of neurons, so the others have a say in what is drafted and accepted."""
+    sampling = [{"max_tokens": 24, "temperature": 1.0, "seed": seed, "ignore_eos": True} for seed in (7, 8)]
+    once = host.generate(tiny(SIRIUS), TINY_PROMPTS[:1] * 2, sampling).token_ids
+    again = host.generate(tiny(SIRIUS), TINY_PROMPTS[:1] * 2, sampling).token_ids
+    assert once == again
+    assert once[0] != once[1]
 
 
-def test_grammar_v1(host):
-    schema = {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 12},
-            "age": {"type": "integer", "minimum": 0, "maximum": 99},
-        },
-        "required": ["name", "age"],
-        "additionalProperties": False,
-    }
-    prompt = chat_prompts(QWEN_SMALL, "gsm8k", 1)
-    sampling = {"max_tokens": 60, "structured_outputs": {"json": schema}}
-    reference = host.generate(engine(name=QWEN_SMALL), prompt, sampling)
-    strict = host.generate(engine(LOSSLESS, QWEN_SMALL), prompt, sampling)
-    loose = host.generate(engine({**THRESHOLD, "threshold": 0}, QWEN_SMALL), prompt, sampling)
-    assert strict.token_ids == reference.token_ids
-    assert set(json.loads(strict.completions[0].text)) == {"name", "age"}
-    assert set(json.loads(loose.completions[0].text)) == {"name", "age"}
+def test_threshold_zero_takes_nothing_that_top_k_rules_out(host, tiny):
+    """With top-k 1 only the target's own choice has any likelihood."""
+    sampling = {"max_tokens": 24, "ignore_eos": True}
+    greedy = host.generate(tiny(), TINY_PROMPTS, sampling).token_ids
+    sampling |= {"temperature": 0.7, "top_k": 1, "seed": 1}
+    found = host.generate(tiny({**SIRIUS, "threshold": 0}), TINY_PROMPTS, sampling)
+    assert found.token_ids == greedy

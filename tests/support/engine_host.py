@@ -166,6 +166,9 @@ class _Child:
             self._drop()
             from vllm import LLM
 
+            if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+                _spare_the_interpreter()
+
             defaults = {
                 "dtype": "float32",
                 "enforce_eager": True,
@@ -236,6 +239,13 @@ class _Child:
         except ValueError as error:
             return {"value": str(error)}
         return {"value": None}
+
+
+def _spare_the_interpreter() -> None:
+    """Top-k and top-p by PyTorch: vLLM's kernel for them loops in a way that Triton's interpreter does not know."""
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
 
 
 def _structured(sampling: dict[str, Any]) -> dict[str, Any]:

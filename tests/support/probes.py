@@ -100,7 +100,7 @@ def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
     """Generates, and after every step copies the full pages of every request's accepted positions.
 
     Returns:
-        The answers; the pages stay in this process, in `RECORDED`.
+        The answers, and the ``index`` of the pages in `RECORDED`: they stay in this process.
     """
     from vllm import SamplingParams
 
@@ -136,6 +136,7 @@ def record_pages(llm: Any, prompts: list[list[int]], sampling: dict[str, Any]) -
     RECORDED.append([pages[key] for key in sorted(pages, key=_request_order)])
     return {
         "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
+        "index": len(RECORDED) - 1,
         "lengths": [p.shape[1] * block_size for p in RECORDED[-1]],
         **checks,
     }
@@ -214,91 +215,6 @@ def loaded_hooks(llm: Any) -> list[str]:
     from vllm_sirius.integration.installed_hooks import HOOKS, worker_hooks
 
     return [hook.target for hook in (*HOOKS, *worker_hooks()) if is_installed(hook)]
-
-
-MODEL_ATTRIBUTES = (
-    "runner_type",
-    "is_encoder_decoder",
-    "is_hybrid",
-    "is_attention_free",
-    "has_inner_state",
-    "uses_mrope",
-    "quantization",
-)
-
-
-def fire_every_rule(model: str) -> dict[str, Any]:
-    """Breaks one thing at a time in a good engine config and collects what `check_engine` says."""
-    import copy
-    from types import SimpleNamespace
-
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_sirius.errors import SiriusUnsupportedError
-    from vllm_sirius.integration import engine_support
-
-    config = EngineArgs(model=model, speculative_config={"method": "sirius"}).create_engine_config()
-
-    def view(**changes: Any) -> Any:
-        """The config with some attributes (``section.name`` or ``name``) replaced."""
-        sections = {}
-        plain = {"use_v2_model_runner": config.use_v2_model_runner, "lora_config": None, "kv_transfer_config": None}
-        plain |= {"offload_config": config.offload_config, "watermark_config": None}
-        for section in ("model_config", "parallel_config", "cache_config"):
-            sections[section] = copy.copy(getattr(config, section))
-        for name, value in changes.items():
-            section, _, attribute = name.partition("__")
-            if attribute:
-                names = MODEL_ATTRIBUTES if section == "model_config" else ()
-                known = {n: getattr(sections[section], n) for n in names} if names else vars(sections[section])
-                sections[section] = SimpleNamespace(**{**known, attribute: value})
-            else:
-                plain[name] = value
-        return SimpleNamespace(**plain, **sections)
-
-    def verdict(**changes: Any) -> str | None:
-        try:
-            engine_support.check_engine(view(**changes))
-        except SiriusUnsupportedError as error:
-            return str(error)
-        return None
-
-    def with_offload(backend: str = "auto", group: int = 0, gigabytes: float = 0.0) -> Any:
-        prefetch, uva = SimpleNamespace(offload_group_size=group), SimpleNamespace(cpu_offload_gb=gigabytes)
-        return SimpleNamespace(offload_backend=backend, prefetch=prefetch, uva=uva)
-
-    fired = {
-        "runner": verdict(model_config__runner_type="pooling"),
-        "encoder": verdict(model_config__is_encoder_decoder=True),
-        "recurrent": verdict(model_config__has_inner_state=True),
-        "mrope": verdict(model_config__uses_mrope=True),
-        "quantization": verdict(model_config__quantization="fp8"),
-        "pipeline": verdict(parallel_config__pipeline_parallel_size=2),
-        "context": verdict(parallel_config__decode_context_parallel_size=2),
-        "dbo": verdict(parallel_config__enable_dbo=True),
-        "lora": verdict(lora_config=object()),
-        "connector": verdict(kv_transfer_config=SimpleNamespace(kv_connector="X")),
-        "fast prefill": verdict(cache_config__kv_sharing_fast_prefill=True),
-        "worker": verdict(parallel_config__worker_cls="other.Worker"),
-        "prefetch": verdict(offload_config=with_offload(group=4)),
-        "watermark": verdict(watermark_config=object()),
-        "eplb": verdict(parallel_config__enable_eplb=True),
-    }
-    platform, uva = engine_support.current_platform, engine_support.is_uva_available
-    gpu = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda")
-    other = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
-    try:
-        engine_support.current_platform = other
-        fired["platform"] = verdict()
-        engine_support.current_platform = gpu
-        fired["v1 on a gpu"] = verdict(use_v2_model_runner=False)
-        engine_support.is_uva_available = lambda: False
-        fired["offload without uva"] = verdict(use_v2_model_runner=True, offload_config=with_offload(gigabytes=1.0))
-        good_gpu = verdict(use_v2_model_runner=True)
-    finally:
-        engine_support.current_platform, engine_support.is_uva_available = platform, uva
-    assert good_gpu is None, good_gpu
-    return {"good": verdict(), "fired": fired, "num_rules": len(engine_support.RULES)}
 
 
 def compiled_draft_report(llm: Any) -> dict[str, Any]:
