@@ -242,7 +242,8 @@ def test_wrong_arguments_are_refused() -> None:
 @pytest.mark.parametrize(
     ("option", "names"),
     [
-        ("-mno-avx512bf16", ("avx512", "avx2", "scalar")),
+        ("-DSIRIUS_PREFER_BF16", ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar")),
+        ("-mno-avx512vnni", ("avx512", "avx2", "scalar")),
         ("-mno-avx512f", ("avx2", "scalar")),
         ("-mno-avx2", ("scalar",)),
     ],

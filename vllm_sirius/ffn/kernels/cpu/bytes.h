@@ -1,16 +1,12 @@
 // Vectors of bytes and of int32 for weights stored as unsigned and inputs stored as signed bytes.
 //
 // Every instruction set computes the same integers. Without dot-product instructions bytes are widened to 16 bits first:
-// the older byte products saturate.
+// the older byte products saturate. `high_nibbles` leaves its values where they are, 16 times what they stand for.
 #pragma once
 
 #include <cmath>
 
 #include "simd.h"
-
-#if defined(SIRIUS_AVX512) && defined(__AVX512VNNI__)
-#define SIRIUS_AVX512_VNNI 1
-#endif
 
 namespace sirius {
 
@@ -26,7 +22,7 @@ struct Ints {
 inline Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline Bytes repeat(int32_t four) { return {_mm512_set1_epi32(four)}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes a) { return low_nibbles({_mm512_srli_epi16(a.v, 4)}); }
+inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(0xf0)))}; }
 inline void interleave(const Bytes* rows, Bytes* columns) {
     const __m512i low[2] = {_mm512_unpacklo_epi8(rows[0].v, rows[1].v), _mm512_unpacklo_epi8(rows[2].v, rows[3].v)};
     const __m512i high[2] = {_mm512_unpackhi_epi8(rows[0].v, rows[1].v), _mm512_unpackhi_epi8(rows[2].v, rows[3].v)};
@@ -81,7 +77,7 @@ struct Ints {
 inline Bytes load_bytes(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
 inline Bytes repeat(int32_t four) { return {_mm256_set1_epi32(four)}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes a) { return low_nibbles({_mm256_srli_epi16(a.v, 4)}); }
+inline Bytes high_nibbles(Bytes a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(char(0xf0)))}; }
 inline void interleave(const Bytes* rows, Bytes* columns) {
     const __m256i low[2] = {_mm256_unpacklo_epi8(rows[0].v, rows[1].v), _mm256_unpacklo_epi8(rows[2].v, rows[3].v)};
     const __m256i high[2] = {_mm256_unpackhi_epi8(rows[0].v, rows[1].v), _mm256_unpackhi_epi8(rows[2].v, rows[3].v)};
@@ -144,7 +140,7 @@ inline Bytes low_nibbles(Bytes a) {
     return a;
 }
 inline Bytes high_nibbles(Bytes a) {
-    for (uint8_t& byte : a.v) byte >>= 4;
+    for (uint8_t& byte : a.v) byte &= 0xf0;
     return a;
 }
 inline void interleave(const Bytes* rows, Bytes* columns) {

@@ -9,10 +9,16 @@ namespace {
 template <typename Weight>
 void fill_tokens(const Weight* inputs, int count, int64_t width, int64_t stride,
                  typename Packing<Weight>::Stored* values) {
+    using Pack = Packing<Weight>;
     for (int t = 0; t < count; t++) {
         auto* to = values + t * stride;
-        for (int64_t c = 0; c < width; c++) to[c] = Packing<Weight>::stored(to_float(inputs[t * width + c]));
-        std::fill(to + width, to + stride, typename Packing<Weight>::Stored{});
+        if (width < stride) std::fill_n(to, stride, typename Packing<Weight>::Stored{});
+        for (int64_t start = 0; start < width; start += Pack::kColumns) {
+            const int columns = int(std::min<int64_t>(Pack::kColumns, width - start));
+            for (int c = 0; c < columns; c++) {
+                to[start + Pack::place(c)] = Pack::stored(to_float(inputs[t * width + start + c]));
+            }
+        }
     }
 }
 
@@ -52,6 +58,8 @@ void sirius_use_openmp(void* parallel, void* barrier, void* thread_num, void* nu
 const char* sirius_instruction_set() {
 #if defined(SIRIUS_AVX512_BF16)
     return "avx512_bf16";
+#elif defined(SIRIUS_AVX512_VNNI)
+    return "avx512_vnni";
 #elif defined(SIRIUS_AVX512)
     return "avx512";
 #elif defined(SIRIUS_AVX2)

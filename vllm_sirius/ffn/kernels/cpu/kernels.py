@@ -3,7 +3,7 @@
 Weights are neuron-major, ``rows [neurons, 3, hidden]``, so that the gate, up and down row of a neuron are one stretch of
 memory. They are read once for up to 32 tokens. Results are the same in every run with the same number of threads.
 
-bf16 on processors with AVX512-BF16 treats subnormal values as zero. Otherwise see `reference` for the rounding.
+bf16 as avx512_bf16 computes with it treats subnormal values as zero. Otherwise see `reference` for the rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUPPORTED_DTYPES = tuple(DTYPE_CODES)
 
 
 def instruction_set() -> str:
-    """Names the instructions that the kernels were compiled for: avx512_bf16, avx512, avx2 or scalar."""
+    """Names the instructions that the kernels were compiled for: avx512_bf16, avx512_vnni, avx512, avx2 or scalar."""
     name: bytes = load_library().sirius_instruction_set()
     return name.decode()
 

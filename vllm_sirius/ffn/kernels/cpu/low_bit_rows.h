@@ -28,6 +28,7 @@ struct Code<8> {
     static constexpr int kOffset = 128;
     static constexpr int kSpansOfLine = 1;
     static constexpr bool kScalePerSpan = false;
+    static int weight(int64_t) { return 1; }
     static Bytes bytes(const uint8_t* line, int, int part) { return load_bytes(line + part * Bytes::kWidth); }
 };
 template <>
@@ -36,6 +37,8 @@ struct Code<4> {
     static constexpr int kOffset = 8;
     static constexpr int kSpansOfLine = 2;
     static constexpr bool kScalePerSpan = true;
+    // How many times their value the bytes of a span are.
+    static int weight(int64_t span) { return span % 2 == 0 ? 1 : 16; }
     static Bytes bytes(const uint8_t* line, int span, int part) {
         const Bytes both = load_bytes(line + part * Bytes::kWidth);
         return span == 0 ? low_nibbles(both) : high_nibbles(both);
@@ -45,8 +48,8 @@ struct Code<4> {
 // Inputs as signed bytes: input = value * scale of its span. Padded with zeros to whole lines of weights.
 struct ByteTokens {
     int8_t* values;     // [count, num_spans * kSpan]
-    float* scales;      // [count, lanes]
-    float* offsets;     // [count, lanes]: scale * kOffset * sum of the values of the span
+    float* scales;      // [count, lanes], divided by Code::weight
+    float* offsets;     // [count, lanes]: -scale * kOffset * sum of the values of the span
     float* offset_sum;  // [count]: sum of the offsets
     int count;
 };
@@ -102,8 +105,8 @@ void quantise_tokens(const Input* inputs, const LowBitLayout<kBits>& layout, con
             int32_t total = 0;
             for (int32_t lane : sums) total += lane;
             const float scale = magnitude / kLargest;
-            tokens.scales[t * layout.lanes + s] = scale;
-            tokens.offsets[t * layout.lanes + s] = scale * float(Code<kBits>::kOffset * total);
+            tokens.scales[t * layout.lanes + s] = scale / float(Code<kBits>::weight(s));
+            tokens.offsets[t * layout.lanes + s] = scale * float(-Code<kBits>::kOffset * total);
             tokens.offset_sum[t] += tokens.offsets[t * layout.lanes + s];
         }
     }
@@ -169,7 +172,10 @@ struct LowBitRows {
             const int left = tokens.count - t;
             const int num_next = std::min(share, kTile - prefetched);
             const uint8_t* const* coming = ahead + prefetched;
-            if (left >= 4) {
+            if (tokens.count == 1) {
+                dot_tile<1, kTile>(at, row_scales, t, coming, kTile, totals);
+                t += 1;
+            } else if (left >= 4) {
                 dot_tile<4>(at, row_scales, t, coming, num_next, totals + t * kTile);
                 t += 4;
             } else if (left >= 2) {
@@ -183,7 +189,8 @@ struct LowBitRows {
         }
     }
 
-    template <int kTokens>
+    // kNext is num_next if that is known, else -1: a single token has no time for counting.
+    template <int kTokens, int kNext = -1>
     void dot_tile(const uint8_t* const* rows, const float* row_scales, int first, const uint8_t* const* next,
                   int num_next, float* totals) const {
         Vec total[kTokens][kTile];
@@ -194,7 +201,9 @@ struct LowBitRows {
         if (C::kScalePerSpan) factors = scale_factors<kTokens>(row_scales, first, total);
         const int8_t* values = tokens.values + first * layout.columns();
         for (int64_t line = 0; line < layout.num_lines; line++) {
-            for (int i = 0; i < num_next; i++) __builtin_prefetch(next[i] + line * kLineBytes, 0, kSecondLevel);
+            for (int i = 0; i < (kNext < 0 ? num_next : kNext); i++) {
+                __builtin_prefetch(next[i] + line * kLineBytes, 0, kSecondLevel);
+            }
             for (int half = 0; half < C::kSpansOfLine; half++) {
                 const int64_t span = line * C::kSpansOfLine + half;
                 for (int part = 0; part < kParts; part++) {
@@ -217,7 +226,7 @@ struct LowBitRows {
             sum_four(total[t], to);
             if (C::kScalePerSpan) continue;
             for (int r = 0; r < kTile; r++) {
-                to[r] = row_scales[r * layout.scale_lanes] * (to[r] - tokens.offset_sum[first + t]);
+                to[r] = row_scales[r * layout.scale_lanes] * (to[r] + tokens.offset_sum[first + t]);
             }
         }
     }
@@ -233,7 +242,7 @@ struct LowBitRows {
                 for (int64_t s = 0; s < layout.lanes; s += kLanes) {
                     const Vec scale = load(row_scales + r * layout.scale_lanes + s);
                     store(factors + (t * kTile + r) * layout.lanes + s, multiply(scale, load(token_scales + s)));
-                    total[t][r] = multiply_add(multiply(scale, broadcast(-1.0f)), load(offsets + s), total[t][r]);
+                    total[t][r] = multiply_add(scale, load(offsets + s), total[t][r]);
                 }
             }
         }
@@ -243,8 +252,8 @@ struct LowBitRows {
     // Hidden values of a group as signed bytes: for every token and scale of the down rows, four neurons to an int32.
     struct Hidden {
         int32_t* quads;    // [token, kGroup / 4, scale_lanes]
-        int32_t* offsets;  // [token, scale_lanes]: -kOffset * sum of the bytes
-        float* scales;     // [token, scale_lanes]
+        int32_t* offsets;  // [token, scale_lanes]: -kOffset * sum of the bytes, times Code::weight
+        float* scales;     // [token, scale_lanes], divided by Code::weight
     };
 
     Hidden quantise_hidden(const int64_t* down, const float* hidden) const {
@@ -276,7 +285,10 @@ struct LowBitRows {
                 store(to.offsets + t * lanes + s, sum);
                 store(to.scales + t * lanes + s, divide(largest, broadcast(kLargest)));
             }
-            for (int64_t s = 0; s < lanes; s++) to.offsets[t * lanes + s] *= -C::kOffset;
+            for (int64_t s = 0; s < lanes; s++) {
+                to.offsets[t * lanes + s] *= -C::kOffset * C::weight(s);
+                to.scales[t * lanes + s] /= float(C::weight(s));
+            }
         }
         return to;
     }

@@ -89,17 +89,19 @@ template <typename Weight>
 void mix_columns(const Weight* const* down, int64_t offset, const typename Packing<Weight>::Stored* hidden, int count,
                  float* output, int64_t stride) {
     using Pack = Packing<Weight>;
-    constexpr int kSets = kGroup / Pack::kNeurons;
-    typename Pack::Mixed rows[kSets];
-    for (int s = 0; s < kSets; s++) rows[s] = Pack::down_rows(down + s * Pack::kNeurons, offset);
-    for (int t = 0; t < count; t++) {
-        float* at = output + t * stride;
-        Vec total[Pack::kParts];
-        for (int p = 0; p < Pack::kParts; p++) total[p] = load(at + p * Vec::kWidth);
-        for (int s = 0; s < kSets; s++) {
-            Pack::mix(rows[s], Pack::hidden(hidden + t * kGroup + s * Pack::kNeurons), total);
+    constexpr int kSets = Pack::kHeld / Pack::kNeurons;
+    for (int first = 0; first < kGroup; first += Pack::kHeld) {
+        typename Pack::Mixed rows[kSets];
+        for (int s = 0; s < kSets; s++) rows[s] = Pack::down_rows(down + first + s * Pack::kNeurons, offset);
+        for (int t = 0; t < count; t++) {
+            float* at = output + t * stride;
+            Vec total[Pack::kParts];
+            for (int p = 0; p < Pack::kParts; p++) total[p] = load(at + p * Vec::kWidth);
+            for (int s = 0; s < kSets; s++) {
+                Pack::mix(rows[s], Pack::hidden(hidden + t * kGroup + first + s * Pack::kNeurons), total);
+            }
+            for (int p = 0; p < Pack::kParts; p++) store(at + p * Vec::kWidth, total[p]);
         }
-        for (int p = 0; p < Pack::kParts; p++) store(at + p * Vec::kWidth, total[p]);
     }
 }
 
