@@ -6,6 +6,7 @@
 #   PYTHON3=python3     the Python it is made from, 3.11 or newer
 #   TORCH_INDEX=URL     package index with PyTorch's CPU wheels, where pip is not configured for one
 #   SIRIUS_BUILD=cpu    vLLM build: cpu, cuda or auto
+#   LANES=2             tests that run side by side, each on a core of its own
 #   NAME, MODEL, ARGS   see the targets
 
 .DEFAULT_GOAL := help
@@ -17,11 +18,15 @@ TORCH_INDEX ?=
 MODEL ?=
 NAME ?=
 ARGS ?=
+LANES ?= 2
 
 PYTHON := $(VENV)/bin/python
 # Sets what vLLM's CPU build needs to be fast, and keeps what the user has set.
 IN_ENVIRONMENT := VENV="$(VENV)" examples/setup/run_in_environment.sh
 DOWNLOAD := $(PYTHON) examples/setup/models.py download
+
+# Engines of one test file share a process, so files are what the lanes divide among themselves.
+PYTEST := python -m pytest --numprocesses $(LANES) --dist loadfile
 
 DEMO_MODEL := qwen2.5-coder-0.5b-instruct
 TEST_MODELS := smollm2-135m-instruct qwen2.5-coder-0.5b-instruct gemma-3-270m
@@ -52,18 +57,18 @@ demo: setup ## Compare vLLM with and without Sirius on real prompts; MODEL=PATH_
 
 test: setup ## Run the tests that take minutes together; ARGS='-k NAME' for some of them
 	@$(DOWNLOAD) $(TEST_MODELS)
-	@$(IN_ENVIRONMENT) python -m pytest -m "not slow" $(ARGS)
+	@$(IN_ENVIRONMENT) $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: setup ## Run every test, those on the 1.5B model included
 	@$(DOWNLOAD) $(TEST_MODELS) $(LARGE_MODEL)
-	@$(IN_ENVIRONMENT) python -m pytest $(ARGS)
+	@$(IN_ENVIRONMENT) $(PYTEST) $(ARGS)
 
 test-patched: setup ## Run end-to-end tests on a copy of vLLM with the source patches of patches/
 	@$(DOWNLOAD) $(TEST_MODELS)
 	@rm -rf "$(PATCHED)"
 	@$(PYTHON) patches/apply.py "$(PATCHED)"
 	@$(IN_ENVIRONMENT) env PYTHONPATH="$(PATCHED)" VLLM_SIRIUS_PATCHED_COPY="$(PATCHED)" \
-		python -m pytest $(PATCHED_TESTS) -m "not slow" -k "$(PATCHED_CHOICE)" $(ARGS)
+		$(PYTEST) $(PATCHED_TESTS) -m "not slow" -k "$(PATCHED_CHOICE)" $(ARGS)
 
 lint: setup ## Check style, format and types
 	$(PYTHON) -m ruff check .

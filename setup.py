@@ -37,6 +37,7 @@ setup(
             "mypy>=1.18",
             "pre-commit>=4.0",
             "pytest>=8.4",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
         ],
     },

@@ -69,26 +69,25 @@ def test_adaptive_length_wastes_fewer_drafts(host):
     assert waste[True] < 0.7 * waste[False]
 
 
-PARITY = {
-    "coarse": {},
-    "coarse-as-in-the-paper": {"refresh": False},
-    "fine": {"sparsity": "fine", "density": 0.3},
-}
+PARITY = [
+    pytest.param({}, id="coarse"),
+    pytest.param({"refresh": False}, id="coarse-as-in-the-paper", marks=pytest.mark.slow),
+    pytest.param({"sparsity": "fine", "density": 0.3}, id="fine", marks=pytest.mark.slow),
+]
 
 
-def test_acceptance_is_as_long_on_v2_as_on_v1():
+@pytest.mark.parametrize("options", PARITY)
+def test_acceptance_is_as_long_on_v2_as_on_v1(options):
     """Tokens per pass of one request at a time, counted alike on both: vLLM's counters differ between the runners."""
     prompts = chat_prompts(SMOL, "gsm8k", 2) + chat_prompts(SMOL, "humaneval", 1)
     sampling = {"max_tokens": 64, "ignore_eos": True}
+    sirius = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, **options}
+    engine = {"model": model_path(SMOL), "max_num_seqs": 1, "speculative_config": sirius}
     lengths = {}
     for runner in RUNNERS:
         with EngineHost(runner=runner) as host:
-            for name, options in PARITY.items():
-                sirius = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, **options}
-                engine = {"model": model_path(SMOL), "max_num_seqs": 1, "speculative_config": sirius}
-                counted = host.probe(engine, "support.probes:count_passes", prompts=prompts, sampling=sampling)
-                lengths[name, runner] = counted["tokens"] / counted["passes"]
-                print(f"acceptance length {SMOL} {name} on {runner}: {lengths[name, runner]:.3f} of {KERNEL}")
-    for name in PARITY:
-        assert 1.0 < lengths[name, "v1"] < KERNEL
-        assert lengths[name, "v2"] == pytest.approx(lengths[name, "v1"], rel=0.02)
+            counted = host.probe(engine, "support.probes:count_passes", prompts=prompts, sampling=sampling)
+        lengths[runner] = counted["tokens"] / counted["passes"]
+        print(f"acceptance length {SMOL} {options} on {runner}: {lengths[runner]:.3f} of {KERNEL}")
+    assert 1.0 < lengths["v1"] < KERNEL
+    assert lengths["v2"] == pytest.approx(lengths["v1"], rel=0.02)

@@ -3,7 +3,7 @@
 import pytest
 from support.engine_host import EngineError
 from support.real_models import GEMMA, QWEN_SMALL, SMOL, chat_prompts, mixed_prompts, model_path
-from support.runners import only_v1
+from support.runners import only_v1, v2_is_slow
 
 KERNEL = 8
 
@@ -43,12 +43,14 @@ def test_density_of_one_accepts_every_draft(host, sparsity):
     check_all_accepted(host, SMOL, {"density": 1.0, "sparsity": sparsity, "acceptance": "lossless"})
 
 
+@v2_is_slow
 def test_threshold_above_one_equals_lossless(host):
     prompts, sampling = mixed_prompts(SMOL, 4), {"max_tokens": 24, "ignore_eos": True}
     reference = host.generate(engine(), prompts, sampling).token_ids
     assert host.generate(engine(options={"threshold": 1.5}), prompts, sampling).token_ids == reference
 
 
+@v2_is_slow
 def test_threshold_changes_the_text_and_lengthens_acceptance(host):
     prompts, sampling = chat_prompts(SMOL, "gsm8k", 3), {"max_tokens": 33, "ignore_eos": True}
     reference = host.generate(engine(), prompts, sampling).token_ids

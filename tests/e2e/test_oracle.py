@@ -3,6 +3,7 @@
 import pytest
 from reference.oracle import load_oracle
 from support.real_models import QWEN_SMALL, SMOL, chat_prompts, model_path
+from support.runners import only_v1
 
 MAX_TOKENS = 48
 
@@ -32,13 +33,15 @@ def check_matches_oracle(host, name, kernel_size, num_prompts):
         assert found.acceptance_length == pytest.approx(expected.acceptance_length)
 
 
+@only_v1
 @pytest.mark.parametrize("kernel_size", [8, 16])
-def test_smollm2_in_short_v1(host, kernel_size):
+def test_smollm2_in_short(host, kernel_size):
     check_matches_oracle(host, SMOL, kernel_size, num_prompts=4)
 
 
+@only_v1
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel_size", [8, 16])
 @pytest.mark.parametrize("name", [SMOL, QWEN_SMALL])
-def test_twenty_prompts_v1(host, name, kernel_size):
+def test_twenty_prompts(host, name, kernel_size):
     check_matches_oracle(host, name, kernel_size, num_prompts=20)
