@@ -22,6 +22,17 @@ REFUSAL_WORDS = {
     "non-gated FFN": "no dense gated FFN",
 }
 
+V2_GATED = ("llama", "mistral_sliding", "gemma2", "gemma3n", "smollm3_geglu", "minicpm_fatrelu")
+"""On Model Runner V2 one model for each way in which they differ there: sliding windows, layers that share K/V, GeGLU, masks."""
+V2_REFUSED = ("opt", "mamba2", "mixtral")
+
+
+def on_runners(names, v2_names):
+    """Every name on V1, some on V2."""
+    return pytest.mark.parametrize(
+        ("host", "name"), [("v1", name) for name in names] + [("v2", name) for name in v2_names], indirect=["host"]
+    )
+
 
 @pytest.fixture(scope="module")
 def tiny_root(tmp_path_factory):
@@ -32,7 +43,7 @@ def engine(name, root, **options):
     return {"model": str(build(name, root)), "max_model_len": 128, "max_num_seqs": 4, **options}
 
 
-@pytest.mark.parametrize("name", [*GATED, *MIXED], ids=lambda name: f"v1-{name}")
+@on_runners([*GATED, *MIXED], V2_GATED)
 def test_gated_model_is_drafted_and_token_identical(host, tiny_root, name):
     tiny = TINY_MODELS[name]
     plain = engine(name, tiny_root)
@@ -43,11 +54,12 @@ def test_gated_model_is_drafted_and_token_identical(host, tiny_root, name):
         assert found.token_ids == reference
         assert 0 < found.num_accepted_tokens < found.num_draft_tokens
         report = host.probe(sparse, "support.probes:draft_report")
+        assert report["runner"] == host.runner
         assert len(report["ffns"]) == tiny.layers
         assert report["draft_calls"] > 0
 
 
-@pytest.mark.parametrize("name", REFUSED, ids=lambda name: f"v1-{name}")
+@on_runners(REFUSED, V2_REFUSED)
 def test_other_model_is_refused_with_reason_and_remedy(host, tiny_root, name):
     reason = next((words for key, words in REFUSAL_WORDS.items() if key in TINY_MODELS[name].refusal), None)
     assert reason is not None, f"unknown refusal {TINY_MODELS[name].refusal!r}"

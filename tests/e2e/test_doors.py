@@ -1,9 +1,14 @@
-"""All doors of configuration reach the same engine: flags, JSON, LLM, AsyncLLM, bench, run-batch (runner v1)."""
+"""All doors of configuration reach the same engine: flags, JSON, AsyncLLM, bench, serve, run-batch (runner v1)."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,10 +24,51 @@ STARTED = "kernel size 8"
 """In Sirius's start-up line."""
 
 
+VLLM = str(Path(sys.executable).with_name("vllm"))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
 def vllm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).with_name("vllm")), *arguments]
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, check=False)
+    return subprocess.run(
+        [VLLM, *arguments], capture_output=True, text=True, timeout=TIMEOUT, env=environment(), check=False
+    )
+
+
+@contextlib.contextmanager
+def server(log: Path, *arguments: str):
+    """URL of a `vllm serve` on a free port of the loopback interface, which ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [VLLM, "serve", *arguments, "--host", "127.0.0.1", "--port", port]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment())
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(1)
+    pytest.fail(f"no answer from /health within {TIMEOUT} s: {log.read_text()[-4000:]}")
 
 
 PARSE = """
@@ -121,6 +167,23 @@ def test_bench_throughput():
     run = vllm("bench", "throughput", "--model", model_path(SMOL), *COMMON, *MEMORY, *SHORT, *sizes)
     assert "Throughput:" in run.stdout, run.stderr[-3000:]
     assert STARTED in run.stdout + run.stderr
+
+
+def test_bench_serve(tmp_path):
+    log, report = tmp_path / "server.log", tmp_path / "report.json"
+    with server(log, model_path(SMOL), *COMMON, *MEMORY, *LEGACY) as url:
+        sizes = ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "24"]
+        output = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", report.name]
+        options = ["--num-prompts", "4", "--ignore-eos", "--temperature", "0", *sizes, *output]
+        run = vllm("bench", "serve", "--base-url", url, "--model", model_path(SMOL), *options)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert STARTED in log.read_text()
+    found = json.loads(report.read_text())
+    assert (found["completed"], found["failed"]) == (4, 0)
+    assert found["total_output_tokens"] == 4 * 24
+    # The benchmark reads the server's counters of speculation before and after.
+    assert "Acceptance length" in run.stdout
+    assert 1.0 < found["spec_decode_acceptance_length"] <= 8.0
 
 
 def test_run_batch(tmp_path):

@@ -183,7 +183,11 @@ class _Child:
         return self.llm
 
     def _drop(self) -> None:
-        """Also after an engine that failed to start, which leaves its distributed groups behind."""
+        """Also after an engine that failed to start, which leaves its distributed groups behind.
+
+        vLLM collects garbage a dozen times while it builds an engine. Freezing what is left of the last one, above all
+        vLLM's modules, makes that several times faster; the clean-up unfreezes everything, so no engine stays in memory.
+        """
         import gc
 
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -191,6 +195,7 @@ class _Child:
         self.options = self.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+        gc.freeze()
 
     def generate(self, command: dict[str, Any]) -> dict[str, Any]:
         from vllm import SamplingParams
