@@ -1,20 +1,29 @@
-"""Measures the reduced-FFN kernels on CPU against vLLM's packed dense FFN.
+"""Measures the CPU kernels of the draft against vLLM's packed dense layers.
 
 Example:
-    python benchmarks/kernels/cpu_ffn.py --tokens 1 4 8 16 --threads 1 2
+    examples/setup/run_in_environment.sh python benchmarks/kernels/cpu_ffn.py --tokens 1 4 8 16 --threads 1 2
 
-Every repeat runs all arms one after the other, each over all layers, so that a busy moment of the machine hits all of
-them and the weights of one layer have left the caches before they are read again. A layer is one sample of wall time. It
-counts only if the process had the cores it asked for meanwhile (its CPU time is at least 85 % of threads x wall time):
-two threads that share one core with another program look just like one thread. The table says how many samples counted.
+An arm is one way to run an FFN or a linear layer. Every repeat runs all arms one after the other, each over all its layers,
+so that a busy moment of the machine hits all of them and the weights of one layer have left the caches before they are read
+again. A layer is one sample of wall time.
+
+Decoding is bound by the bandwidth of the memory, so the table shows what an arm must read, how fast it reads it, and how
+long it takes in units of the time in which vLLM's packed GEMV, one token, reads as many bytes: 1.00 is as good as vLLM.
+
+Each number of threads has a process of its own, because oneDNN keeps the number it saw first, and threads are bound to
+cores as vLLM binds them, because the system may otherwise put two of them on one core. The last line of a table says how
+much of the cores the process had: below 95 %, another program was in the way and the figures say little.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,31 +31,32 @@ import torch.nn.functional as F
 
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn, instruction_set
+from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
 from vllm_sirius.ffn.kernels.cpu.memory import empty_rows
+from vllm_sirius.ffn.low_bit import LowBitRows
 
 Layers = list[torch.Tensor]
-
-FULL_CORES = 0.85
-"""Part of the asked-for CPU time that a sample must have had to count."""
+DENSITIES = (0.5, 0.3)
+BITS = (8, 4)
 
 
 @dataclass
 class Arm:
-    """One way to run an FFN.
+    """One way to run an FFN or a linear layer.
 
     Attributes:
         name: Shown in the table.
-        run: Runs the FFN of a layer on an input ``[tokens, hidden]``.
-        byte_share: Bytes of weights it reads, as part of the dense FFN's.
-        seconds: Samples that count.
-        num_samples: All samples, one per layer and repeat.
+        run: Runs a layer on an input ``[tokens, hidden]``.
+        num_bytes: Bytes of weights a layer reads.
+        num_layers: Layers to go through.
+        seconds: Samples.
     """
 
     name: str
     run: Callable[[int, torch.Tensor], torch.Tensor]
-    byte_share: float
+    num_bytes: float
+    num_layers: int
     seconds: list[float] = field(default_factory=list)
-    num_samples: int = 0
 
     def quantile(self, part: float) -> float:
         """Seconds that `part` of the samples stay below."""
@@ -54,18 +64,15 @@ class Arm:
 
 
 def main() -> None:
-    """Prints one table per number of threads and tokens."""
+    """Starts one process per number of threads, which prints one table per number of tokens."""
     arguments = parse_arguments()
-    torch.manual_seed(0)
-    print(f"kernels for {instruction_set()}, {arguments.num_neurons} neurons of width {arguments.hidden_size}, bf16")
-    layers = [draw_rows(arguments.num_neurons, arguments.hidden_size) for _ in range(arguments.layers)]
-    dense = packed_ffn(layers) if arguments.dense == "vllm" else plain_ffn(layers)
-    for threads, tokens in itertools.product(arguments.threads, arguments.tokens):
-        torch.set_num_threads(threads)
-        inputs = torch.randn(tokens, arguments.hidden_size).bfloat16()
-        arms = [Arm("dense", dense, 1.0), *reduced_arms(layers, inputs)]
-        measure(arms, inputs, len(layers), arguments.repeats, threads)
-        show(arms, threads, tokens, layers[0].nbytes)
+    if arguments.bound:
+        torch.set_num_threads(arguments.threads[0])
+        measure_all(arguments)
+        return
+    for threads in arguments.threads:
+        command = [sys.executable, *sys.argv, "--bound", "--threads", str(threads)]
+        subprocess.run(command, env={**os.environ, **bound_environment(threads)}, check=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,12 +80,57 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=1536)
     parser.add_argument("--num-neurons", type=int, default=8960)
+    parser.add_argument("--attention-rows", type=int, nargs="+", default=[2048, 1536], help="qkv and output projection")
+    parser.add_argument("--vocabulary", type=int, default=151936, help="rows of the lm_head; 0 leaves it out")
     parser.add_argument("--layers", type=int, default=6, help="enough that the weights do not fit into the caches")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dense", choices=["vllm", "torch"], default="vllm", help="whose dense FFN to compare with")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--dense", choices=["vllm", "torch"], default="vllm", help="whose dense layers to compare with")
+    parser.add_argument("--arms", default="", help="only arms whose names contain this")
+    parser.add_argument("--bound", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def bound_environment(threads: int) -> dict[str, str]:
+    """Environment variables that bind each thread to a core, as vLLM's own do."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:threads]]
+    if "libiomp5" in os.environ.get("LD_PRELOAD", ""):
+        affinity = f"granularity=fine,explicit,proclist=[{','.join(cores)}]"
+        binding = {"KMP_AFFINITY": affinity, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+    else:
+        binding = {"GOMP_CPU_AFFINITY": " ".join(cores)}
+    return {"OMP_NUM_THREADS": str(threads), **binding}
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Prints the tables of one number of threads."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    print(f"\n{threads} thread(s), kernels for {instruction_set()}, bf16 inputs")
+    make_linear = packed_linear if arguments.dense == "vllm" else plain_linear
+    rows = [draw_rows(arguments.num_neurons, arguments.hidden_size) for _ in range(arguments.layers)]
+    dense = Arm("dense bf16", dense_ffn(rows, make_linear), rows[0].nbytes, len(rows))
+    low = {bits: [LowBitRows.quantise(layer, bits) for layer in rows] for bits in BITS}
+    linears = [
+        arm
+        for num_rows, num_layers in [
+            *((size, len(rows)) for size in arguments.attention_rows),
+            (arguments.vocabulary, 1),
+        ]
+        for arm in linear_arms(num_rows, arguments.hidden_size, num_layers, make_linear)
+    ]
+    bandwidth = 0.0
+    for tokens in sorted({1, *arguments.tokens}):
+        inputs = torch.randn(tokens, arguments.hidden_size).bfloat16()
+        arms = [dense, *ffn_arms(rows, low, inputs), *linears]
+        arms = [arm for arm in arms if arm is dense or (arguments.arms in arm.name and tokens in arguments.tokens)]
+        for arm in arms:
+            arm.seconds.clear()
+        busy = measure(arms, inputs, arguments.repeats) / threads
+        bandwidth = bandwidth or dense.num_bytes / dense.quantile(0.5)
+        if tokens in arguments.tokens:
+            show(arms, tokens, bandwidth, busy)
 
 
 def draw_rows(num_neurons: int, hidden_size: int) -> torch.Tensor:
@@ -89,54 +141,98 @@ def draw_rows(num_neurons: int, hidden_size: int) -> torch.Tensor:
     return rows
 
 
-def packed_ffn(layers: Layers) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Packs the weights as vLLM does on CPU and runs its FFN on them."""
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+def packed_linear(weight: torch.Tensor) -> Linear:
+    """Packs a weight ``[out, in]`` as vLLM does on CPU."""
     from vllm import _custom_ops as ops
 
-    packed = []
-    for rows in layers:
-        gate_up = rows[:, :2].transpose(0, 1).reshape(-1, rows.shape[2])
-        down = rows[:, 2].T.contiguous()
-        packed.append((ops.create_onednn_mm(gate_up.t(), 32), ops.create_onednn_mm(down.t(), 32)))
+    packed = ops.create_onednn_mm(weight.t(), 32)
 
-    def run(layer: int, inputs: torch.Tensor) -> torch.Tensor:
-        gate_up, down = packed[layer]
-        both = ops.onednn_mm(gate_up, inputs, None)
-        hidden = torch.empty(inputs.shape[0], both.shape[1] // 2, dtype=both.dtype)
-        torch.ops._C.silu_and_mul(hidden, both)
-        output: torch.Tensor = ops.onednn_mm(down, hidden, None)
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = ops.onednn_mm(packed, inputs, None)
         return output
 
     return run
 
 
-def plain_ffn(layers: Layers) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Runs the dense FFN with PyTorch's linear layers."""
-    weights = [(*(rows[:, which].contiguous() for which in range(2)), rows[:, 2].T.contiguous()) for rows in layers]
+def plain_linear(weight: torch.Tensor) -> Linear:
+    """PyTorch's own linear layer."""
+    return lambda inputs: F.linear(inputs, weight)
+
+
+def dense_ffn(
+    layers: Layers, make_linear: Callable[[torch.Tensor], Linear]
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """The dense FFN with all its neurons."""
+    built = []
+    for rows in layers:
+        gate_up = rows[:, :2].transpose(0, 1).reshape(-1, rows.shape[2])
+        built.append((make_linear(gate_up), make_linear(rows[:, 2].T.contiguous())))
 
     def run(layer: int, inputs: torch.Tensor) -> torch.Tensor:
-        gate, up, down = weights[layer]
-        return F.linear(F.silu(F.linear(inputs, gate)) * F.linear(inputs, up), down)
+        gate_up, down = built[layer]
+        gate, up = gate_up(inputs).chunk(2, dim=-1)
+        return down(F.silu(gate) * up)
 
     return run
 
 
-def reduced_arms(layers: Layers, inputs: torch.Tensor) -> list[Arm]:
-    """Coarse with 50 % and 30 % of the neurons, drawn at random for every layer, and fine with 50 %."""
-    num_neurons = layers[0].shape[0]
-    arms = []
-    for density in (0.5, 0.3):
-        kept = [torch.randperm(num_neurons)[: int(density * num_neurons)].sort().values.int() for _ in layers]
+def ffn_arms(layers: Layers, low: dict[int, list[LowBitRows]], inputs: torch.Tensor) -> Iterator[Arm]:
+    """Coarse with neurons drawn at random for every layer, fine with half of them, and all of few bits."""
+    num_neurons, num_layers = layers[0].shape[0], len(layers)
+    kept = {
+        density: [torch.randperm(num_neurons)[: int(density * num_neurons)].sort().values.int() for _ in layers]
+        for density in DENSITIES
+    }
+    fine_share = (1 + 2 * united_density(layers[0], inputs)) / 3
+    half, silu = num_neurons // 2, Activation.SILU
+    for density, indices in kept.items():
 
-        def coarse(layer: int, inputs: torch.Tensor, kept: Layers = kept) -> torch.Tensor:
-            return coarse_ffn(inputs, layers[layer], kept[layer], Activation.SILU)
+        def coarse(layer: int, inputs: torch.Tensor, indices: Layers = indices) -> torch.Tensor:
+            return coarse_ffn(inputs, layers[layer], indices[layer], silu)
 
-        arms.append(Arm(f"coarse {density}", coarse, density))
+        yield Arm(f"bf16 coarse {density}", coarse, density * layers[0].nbytes, num_layers)
+    fine_bytes = fine_share * layers[0].nbytes
+    yield Arm(
+        "bf16 fine 0.5", lambda layer, inputs: fine_ffn(inputs, layers[layer], half, silu), fine_bytes, num_layers
+    )
+    for bits, rows in low.items():
+        num_bytes = rows[0].num_bytes
+        for density, chosen in [*kept.items(), (1.0, None)]:
 
-    def fine(layer: int, inputs: torch.Tensor) -> torch.Tensor:
-        return fine_ffn(inputs, layers[layer], num_neurons // 2, Activation.SILU)
+            def low_coarse(
+                layer: int, inputs: torch.Tensor, rows: list[LowBitRows] = rows, chosen: Layers | None = chosen
+            ) -> torch.Tensor:
+                return low_bit_coarse_ffn(inputs, rows[layer], chosen[layer] if chosen else None, silu)
 
-    return [*arms, Arm("fine 0.5", fine, (1 + 2 * united_density(layers[0], inputs)) / 3)]
+            name = f"int{bits} coarse {density}" if chosen else f"int{bits} none"
+            yield Arm(name, low_coarse, density * num_bytes, num_layers)
+
+        def low_fine(layer: int, inputs: torch.Tensor, rows: list[LowBitRows] = rows) -> torch.Tensor:
+            return low_bit_fine_ffn(inputs, rows[layer], half, silu)
+
+        yield Arm(f"int{bits} fine 0.5", low_fine, fine_share * num_bytes, num_layers)
+
+
+def linear_arms(
+    num_rows: int, width: int, num_layers: int, make_linear: Callable[[torch.Tensor], Linear]
+) -> Iterator[Arm]:
+    """A linear layer: dense, 8 and 4 bits."""
+    if num_rows == 0:
+        return
+    weights = [(torch.randn(num_rows, width) / width**0.5).bfloat16() for _ in range(num_layers)]
+    dense = [make_linear(weight) for weight in weights]
+    size = f"{num_rows}x{width}"
+    yield Arm(f"bf16 {size}", lambda layer, inputs: dense[layer](inputs), weights[0].nbytes, num_layers)
+    for bits in BITS:
+        low = [LowBitRows.quantise(weight, bits) for weight in weights]
+
+        def run(layer: int, inputs: torch.Tensor, low: list[LowBitRows] = low) -> torch.Tensor:
+            return low_bit_linear(inputs, low[layer])
+
+        yield Arm(f"int{bits} {size}", run, low[0].num_bytes, num_layers)
 
 
 def united_density(rows: torch.Tensor, inputs: torch.Tensor) -> float:
@@ -146,40 +242,35 @@ def united_density(rows: torch.Tensor, inputs: torch.Tensor) -> float:
     return kept.unique().numel() / rows.shape[0]
 
 
-def measure(arms: list[Arm], inputs: torch.Tensor, num_layers: int, repeats: int, threads: int) -> None:
-    """Takes the samples, arms alternated."""
+def measure(arms: list[Arm], inputs: torch.Tensor, repeats: int) -> float:
+    """Takes the samples, arms alternated.
+
+    Returns:
+        Cores that the process had, on average.
+    """
     for arm in arms:
         arm.run(0, inputs)
-    for _ in range(repeats):
-        for arm in arms:
-            for layer in range(num_layers):
-                start, start_busy = time.perf_counter(), time.process_time()
-                arm.run(layer, inputs)
-                busy, seconds = time.process_time() - start_busy, time.perf_counter() - start
-                arm.num_samples += 1
-                if busy >= FULL_CORES * threads * seconds:
-                    arm.seconds.append(seconds)
+    start, start_busy = time.perf_counter(), time.process_time()
+    for _, arm in itertools.product(range(repeats), arms):
+        for layer in range(arm.num_layers):
+            before = time.perf_counter()
+            arm.run(layer, inputs)
+            arm.seconds.append(time.perf_counter() - before)
+    return (time.process_time() - start_busy) / (time.perf_counter() - start)
 
 
-def show(arms: list[Arm], threads: int, tokens: int, dense_bytes: int) -> None:
-    """Prints milliseconds, GB/s, and time relative to dense beside the share of its bytes."""
-    print(f"\n{threads} thread(s), {tokens} token(s)")
-    half = f"{'GB/s':>6} {'of dense':>8} |"
-    print(f"{'':12} | {'median ms':>9} {half} {'fastest ms':>11} {half} bytes | samples")
+def show(arms: list[Arm], tokens: int, bandwidth: float, busy: float) -> None:
+    """Prints milliseconds, bytes, GB/s, and time in units of what vLLM's packed GEMV takes for the bytes."""
+    print(f"\n{tokens} token(s); the dense FFN of one token reads {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'':18} | median ms | fastest ms | MB to read | GB/s median, fastest | of its time at dense speed")
     for arm in arms:
-        if not arm.seconds or not arms[0].seconds:
-            print(f"{arm.name:12} | {len(arm.seconds)} of {arm.num_samples} samples count: the machine is too busy")
-            continue
-        cells = []
-        for part in (0.5, 0.0):
-            seconds = arm.quantile(part)
-            speed = arm.byte_share * dense_bytes / seconds / 1e9
-            cells.append((seconds * 1e3, speed, seconds / arms[0].quantile(part)))
-        (median, speed, ratio), (best, best_speed, best_ratio) = cells
+        median, fastest = arm.quantile(0.5), arm.quantile(0.0)
+        speeds = [arm.num_bytes / seconds / 1e9 for seconds in (median, fastest)]
         print(
-            f"{arm.name:12} | {median:9.2f} {speed:6.1f} {ratio:8.2f} | {best:11.2f} {best_speed:6.1f} {best_ratio:8.2f}"
-            f" | {arm.byte_share:5.2f} | {len(arm.seconds)} of {arm.num_samples}"
+            f"{arm.name:18} | {median * 1e3:9.3f} | {fastest * 1e3:10.3f} | {arm.num_bytes / 1e6:10.2f} | "
+            f"{speeds[0]:12.1f} {speeds[1]:7.1f} | {median * bandwidth / arm.num_bytes:10.2f}"
         )
+    print(f"the process had {busy:.0%} of its cores")
 
 
 if __name__ == "__main__":
