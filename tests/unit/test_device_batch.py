@@ -186,6 +186,21 @@ def test_padding_rows_leave_slot_zero_alone():
     assert int(device.table.num_drafted[0]) == DRAFT_LENGTH
 
 
+def test_a_dummy_batch_drafts_nothing_and_leaves_slot_zero_alone():
+    """Rows without a request, as in warm-up runs, between two batches of a real one."""
+    device = Device()
+    device.draft([request(slot=0)])
+    device.idx_mapping.fill_(NO_REQUEST)
+    last_sampled, emitted = torch.full((NUM_SLOTS, 1), 1), torch.ones(4, dtype=torch.bool)
+    device.batch.begin(4, torch.full((4,), 7), last_sampled, emitted)
+    for _ in range(DRAFT_LENGTH):
+        device.check_buffers(4)
+        device.batch.advance(4, toy_next_token(device.input_ids, device.positions)[:4])
+    assert bool((device.idx_mapping == NO_REQUEST).all())
+    assert not device.drafts[:4].any()
+    assert int(device.table.num_drafted[0]) == DRAFT_LENGTH
+
+
 def test_a_shorter_batch_leaves_no_row_of_the_longer_one_before():
     device = Device()
     device.draft([request(slot=slot) for slot in range(MAX_ROWS)])
