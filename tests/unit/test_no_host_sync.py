@@ -76,13 +76,16 @@ def draft_step(device):
         selector.select(torch.where(mapping[:3] >= 0, mapping[:3], statistics.nobody))
         for _ in range(STEPS):
             batch.advance(3, logits[:3].argmax(dim=-1))
+        return table.num_drafted
 
     return run
 
 
 def test_a_step_asks_the_device_for_nothing():
     with NoSync():
-        draft_step(torch.device("cpu"))()
+        num_drafted = draft_step(torch.device("cpu"))()
+    assert num_drafted[2] == 0  # still in prefill
+    assert num_drafted.shape == (SLOTS,)
 
 
 def test_the_mode_sees_a_number_taken_out_of_a_tensor():
@@ -97,9 +100,10 @@ def test_cuda_detects_no_synchronisation():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        num_drafted = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert num_drafted.shape == (SLOTS,)
 
 
 PATH_OF_A_STEP = [
