@@ -107,7 +107,7 @@ class LowBitBackend:
         self._rows = tuple(rows)
         self._activations = [_known(ffn) for ffn in ffns]
         self.num_bytes = sum(weights.num_bytes for weights in self._rows)
-        self.max_error = 0.05 if self._rows[0].bits == 8 else 0.25
+        self.max_error = 0.05 if self._rows[0].bits == 8 else 0.5
 
     def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Backend.whole`."""
