@@ -4,7 +4,7 @@ import pytest
 from support.real_models import QWEN_SMALL, SMOL, mixed_prompts, model_path
 from support.runners import only_v1
 
-MAX_TOKENS = {"v1": 24, "v2": 16}
+MAX_TOKENS = 24
 
 
 def sirius(**options):
@@ -13,7 +13,7 @@ def sirius(**options):
 
 def check_identical(host, name, batch, options, num_prompts, **engine):
     prompts = mixed_prompts(name, num_prompts)
-    sampling = {"max_tokens": MAX_TOKENS[host.runner], "ignore_eos": True}
+    sampling = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
     base = {"model": model_path(name), "max_model_len": 1024, "max_num_seqs": batch, **engine}
     key = (host.runner, name, num_prompts, tuple(sorted(engine.items())))
     if key not in check_identical.references:
@@ -37,8 +37,7 @@ GRID = [
 @only_v1
 @pytest.mark.parametrize(("sparsity", "density", "batch"), GRID)
 def test_smollm2_is_token_identical(host, sparsity, density, batch):
-    num_prompts = 8 if batch == 1 else 24
-    check_identical(host, SMOL, batch, {"sparsity": sparsity, "density": density}, num_prompts)
+    check_identical(host, SMOL, batch, {"sparsity": sparsity, "density": density}, num_prompts=24)
 
 
 @pytest.mark.parametrize("sparsity", ["coarse", "fine"])
@@ -59,7 +58,7 @@ def test_qwen_is_token_identical_in_short(host):
 
 @pytest.mark.parametrize("kernel_size", [2, 3, 16, 40])
 def test_any_kernel_size_is_token_identical(host, kernel_size):
-    check_identical(host, SMOL, 8, {"kernel_size": kernel_size, "adaptive": False}, num_prompts=2)
+    check_identical(host, SMOL, 8, {"kernel_size": kernel_size, "adaptive": False}, num_prompts=3)
 
 
 @only_v1
@@ -76,7 +75,7 @@ def test_prefix_cache_hits_are_token_identical(host):
     prompts = mixed_prompts(SMOL, 6)
     long = max(prompts, key=len)
     prompts = [long + tail for tail in ([], prompts[0], prompts[1])]
-    sampling = {"max_tokens": 16, "ignore_eos": True}
+    sampling = {"max_tokens": 24, "ignore_eos": True}
     base = {"model": model_path(SMOL), "max_model_len": 1024, "max_num_seqs": 4, "enable_prefix_caching": True}
     reference = host.generate(base, prompts, sampling).token_ids
     engine = {**base, "speculative_config": sirius()}
@@ -89,16 +88,14 @@ def test_prefix_cache_hits_are_token_identical(host):
 
 def test_preemption_is_token_identical(host):
     prompts = mixed_prompts(SMOL, 4)
-    sampling = {"max_tokens": 32, "ignore_eos": True}
+    sampling = {"max_tokens": 48, "ignore_eos": True}
     base = {"model": model_path(SMOL), "max_model_len": 384, "max_num_seqs": 4, "block_size": 32}
     reference = host.generate(base, prompts, sampling).token_ids
-    tight = {**base, "num_gpu_blocks_override": 11, "speculative_config": sirius()}
+    tight = {**base, "num_gpu_blocks_override": 13, "speculative_config": sirius()}
     found = host.generate(tight, prompts, sampling)
     assert found.token_ids == reference
     assert found.num_accepted_tokens > 0
     assert host.probe(tight, "support.probes:num_preemptions") > 0
-    # Finished requests are forgotten at the next step: this one's.
-    host.generate(tight, prompts[:1], {"max_tokens": 2})
     # Requests that finish in a step are forgotten at the next one.
     host.generate(tight, prompts[:1], {"max_tokens": 2})
     assert host.probe(tight, "support.probes:draft_report")["requests"] <= 1

@@ -43,6 +43,7 @@ def test_low_bit_drafts_are_token_identical_v1(v1, reference, options, least):
     assert report["draft_calls"] > 0
 
 
+@pytest.mark.slow
 def test_compiled_low_bit_drafts_are_the_same_v1(v1):
     found = {}
     for eager in (True, False):
