@@ -58,6 +58,10 @@ inline Ints four_bytes(const Ints* a) {
 inline Vec multiply(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec divide(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec larger_magnitude(Vec a, Vec b) { return {_mm512_max_ps(a.v, _mm512_abs_ps(b.v))}; }
+inline float largest_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline int32_t sum_lanes(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+// The lanes as signed bytes.
+inline void store_bytes(int8_t* p, Ints a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 // The first `count` elements, then zeros.
 inline Vec widen_some(const float* p, int count) { return {_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p)}; }
 inline Vec widen_some(const BFloat16* p, int count) {
@@ -199,6 +203,26 @@ inline Vec larger_magnitude(Vec a, Vec b) {
 #endif
 
 #if !defined(SIRIUS_AVX512)
+inline float largest_lane(Vec a) {
+    float lanes[Vec::kWidth];
+    store(lanes, a);
+    float largest = lanes[0];
+    for (float lane : lanes) largest = lane > largest ? lane : largest;
+    return largest;
+}
+inline int32_t sum_lanes(Ints a) {
+    int32_t lanes[Vec::kWidth];
+    store(lanes, a);
+    int32_t total = 0;
+    for (int32_t lane : lanes) total += lane;
+    return total;
+}
+// The lanes as signed bytes.
+inline void store_bytes(int8_t* p, Ints a) {
+    int32_t lanes[Vec::kWidth];
+    store(lanes, a);
+    for (int i = 0; i < Vec::kWidth; i++) p[i] = int8_t(lanes[i]);
+}
 // The first `count` elements, then zeros.
 template <typename T>
 Vec widen_some(const T* p, int count) {

@@ -14,7 +14,7 @@ from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels.cpu.build import load_library
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATION_CODES = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.GELU: 2}
+ACTIVATION_CODES: dict[str, int] = {Activation.SILU: 0, Activation.GELU_TANH: 1, Activation.GELU: 2}
 """Numbers of the dtypes and activations in the C interface."""
 
 SUPPORTED_DTYPES = tuple(DTYPE_CODES)
@@ -60,7 +60,7 @@ def coarse_ffn(
         rows.shape[0],
         indices.shape[0],
         DTYPE_CODES[rows.dtype],
-        ACTIVATION_CODES[Activation(activation)],
+        activation_code(activation),
         torch.get_num_threads(),
     )
     if failed:
@@ -102,10 +102,18 @@ def fine_ffn(inputs: torch.Tensor, rows: torch.Tensor, num_kept: int, activation
         rows.shape[0],
         num_kept,
         DTYPE_CODES[rows.dtype],
-        ACTIVATION_CODES[Activation(activation)],
+        activation_code(activation),
         torch.get_num_threads(),
     )
     return output
+
+
+def activation_code(activation: Activation | str) -> int:
+    """Number of an activation in the C interface; raises `ValueError` if there is none of this name."""
+    code = ACTIVATION_CODES.get(activation)  # a member of the enumeration equals its name
+    if code is None:
+        raise ValueError(f"{activation!r} is not one of the activations {', '.join(Activation)}")
+    return code
 
 
 def check_indices(indices: torch.Tensor) -> None:

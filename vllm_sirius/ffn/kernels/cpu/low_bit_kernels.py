@@ -10,7 +10,7 @@ import torch
 
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels.cpu.build import load_library
-from vllm_sirius.ffn.kernels.cpu.kernels import ACTIVATION_CODES, DTYPE_CODES, check_indices, describe
+from vllm_sirius.ffn.kernels.cpu.kernels import DTYPE_CODES, activation_code, check_indices, describe
 from vllm_sirius.ffn.low_bit import LowBitRows
 
 
@@ -53,7 +53,7 @@ def low_bit_coarse_ffn(
         num_kept,
         rows.bits,
         DTYPE_CODES[inputs.dtype],
-        ACTIVATION_CODES[Activation(activation)],
+        activation_code(activation),
         torch.get_num_threads(),
     )
     if failed:
@@ -100,7 +100,7 @@ def low_bit_fine_ffn(
         num_kept,
         rows.bits,
         DTYPE_CODES[inputs.dtype],
-        ACTIVATION_CODES[Activation(activation)],
+        activation_code(activation),
         torch.get_num_threads(),
     )
     return output

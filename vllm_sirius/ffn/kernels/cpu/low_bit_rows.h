@@ -87,23 +87,16 @@ void quantise_tokens(const Input* inputs, const LowBitLayout<kBits>& layout, con
             for (int i = 0; i < count; i++) values[i] = to_float(from[s * kSpan + i]);
             Vec largest = broadcast(kSmallestMagnitude);
             for (int i = 0; i < kSpan; i += kLanes) largest = larger_magnitude(largest, load(values + i));
-            float lanes[kLanes];
-            store(lanes, largest);
-            const float magnitude = *std::max_element(lanes, lanes + kLanes);
+            const float magnitude = largest_lane(largest);
             const Vec inverse = broadcast(kLargest / magnitude);
+            int8_t* to = tokens.values + t * layout.columns() + s * kSpan;
             Ints sum = broadcast_int(0);
-            int32_t rounded[kSpan];
             for (int i = 0; i < kSpan; i += kLanes) {
                 const Ints bytes = nearest(multiply(load(values + i), inverse));
                 sum = add(sum, bytes);
-                store(rounded + i, bytes);
+                store_bytes(to + i, bytes);
             }
-            int8_t* to = tokens.values + t * layout.columns() + s * kSpan;
-            for (int i = 0; i < kSpan; i++) to[i] = int8_t(rounded[i]);
-            int32_t sums[kLanes];
-            store(sums, sum);
-            int32_t total = 0;
-            for (int32_t lane : sums) total += lane;
+            const int32_t total = sum_lanes(sum);
             const float scale = magnitude / kLargest;
             tokens.scales[t * layout.lanes + s] = scale / float(Code<kBits>::weight(s));
             tokens.offsets[t * layout.lanes + s] = scale * float(-Code<kBits>::kOffset * total);
