@@ -40,10 +40,14 @@ PATCHED_V1 := test_sampling or ragged_batch or batches_of_four or prefix_cache o
 PATCHED_V2 := batches_of_four or bad_request or threshold_of_zero
 PATCHED_CHOICE := patched_copy or flags_and_json or run_batch or (v1 and ($(PATCHED_V1))) or (v2 and ($(PATCHED_V2)))
 
-.PHONY: help setup model demo test test-all test-patched lint format clean
+# Without MODEL the larger model is measured and the smaller one is its draft model.
+BENCH_MODEL := $(or $(MODEL),.models/$(LARGE_MODEL))
+BENCH_DRAFT := $(if $(MODEL),,--draft-model .models/$(DEMO_MODEL))
+
+.PHONY: help setup model demo bench bench-server bench-latency bench-compare bench-plot test test-all test-patched lint format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make the environment: vLLM for this machine, the plugin, the development tools
 	@$(PYTHON3) examples/setup/environment.py --venv "$(VENV)" $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
@@ -54,6 +58,24 @@ model: setup ## Download a model: NAME=qwen2.5-coder-0.5b-instruct; without NAME
 demo: setup ## Compare vLLM with and without Sirius on real prompts; MODEL=PATH_OR_HUB_NAME for another model
 	@$(if $(MODEL),true,$(DOWNLOAD) $(DEMO_MODEL))
 	@$(IN_ENVIRONMENT) python examples/demo/run.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+bench: setup ## Measure arms side by side: ARGS='--arms vllm int4-lossless', MODEL=PATH_OR_HUB_NAME; see benchmarks/README.md
+	@$(if $(MODEL),true,$(DOWNLOAD) $(LARGE_MODEL) $(DEMO_MODEL))
+	@$(IN_ENVIRONMENT) python -m benchmarks.run --model "$(BENCH_MODEL)" $(BENCH_DRAFT) $(ARGS)
+
+bench-server: setup ## The same arms as live servers, with `vllm bench serve`
+	@$(if $(MODEL),true,$(DOWNLOAD) $(LARGE_MODEL) $(DEMO_MODEL))
+	@$(IN_ENVIRONMENT) python -m benchmarks.server --model "$(BENCH_MODEL)" $(BENCH_DRAFT) $(ARGS)
+
+bench-latency: setup ## The same arms with `vllm bench latency`
+	@$(if $(MODEL),true,$(DOWNLOAD) $(LARGE_MODEL) $(DEMO_MODEL))
+	@$(IN_ENVIRONMENT) python -m benchmarks.latency --model "$(BENCH_MODEL)" $(BENCH_DRAFT) $(ARGS)
+
+bench-compare: setup ## Print the tables of runs: ARGS='results/bench/NAME [--markdown]'
+	@$(PYTHON) -m benchmarks.compare $(ARGS)
+
+bench-plot: setup ## Draw the charts of a run: ARGS=results/bench/NAME
+	@$(PYTHON) -m benchmarks.plot $(ARGS)
 
 test: setup ## Run the tests that take minutes together; ARGS='-k NAME' for some of them
 	@$(DOWNLOAD) $(TEST_MODELS)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.errors import SiriusError
 from vllm_sirius.metrics import predicted_speedup
+from vllm_sirius.tuning import options as tuning_options
+from vllm_sirius.tuning.errors import TuningError, TuningInterrupted
 
 CEILING_ACCEPTANCE = (0.8, 0.9, 0.95, 1.0)
 """Per-token acceptance rates for which `doctor` prints a ceiling."""
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; the process's own by default.
 
     Returns:
-        Exit status: 0, or 1 if Sirius cannot serve what was asked.
+        Exit status: 0, 1 if Sirius cannot serve what was asked, or 130 after an interruption.
     """
     parser = argparse.ArgumentParser(prog="vllm-sirius", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -33,12 +35,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--dtype", default="auto")
     doctor.add_argument("--trust-remote-code", action="store_true")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    doctor.set_defaults(run=_doctor)
+    tune = commands.add_parser("tune", help="measure drafts on this machine and write the settings that pay")
+    tuning_options.add_arguments(tune)
+    tune.set_defaults(run=_tune)
     given = parser.parse_args(arguments)
     try:
-        return _doctor(given)
+        status: int = given.run(given)
+        return status
     except SiriusError as error:
         print(f"not supported: {error}", file=sys.stderr)
-        return 1
+    except TuningError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except (TuningInterrupted, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    return 1
 
 
 def acceptance_length(rate: float, kernel_size: int) -> float:
@@ -92,4 +104,13 @@ def _doctor(given: argparse.Namespace) -> int:
             f"    {rate:.0%} of draft tokens accepted (acceptance length {acceptance_length(rate, length):5.2f})"
             f"   {ceiling:.2f}x"
         )
+    return 0
+
+
+def _tune(given: argparse.Namespace) -> int:
+    options = tuning_options.from_arguments(given)
+    # Loads tokenizers, which take seconds: bad options come first.
+    from vllm_sirius.tuning.run import tune
+
+    print(tune(options))
     return 0

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import chart
-import memory
 import report
 from prompts import WARM_UP_QUESTION, Prompt, collect_prompts
 from report import Arm
 
+from vllm_sirius.measuring import memory
 from vllm_sirius.measuring.engine import Engine, EngineError
 from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.prompts import tokenize

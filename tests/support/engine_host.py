@@ -225,7 +225,12 @@ class _Child:
                     "logprobs": logprobs,
                 }
             )
-        return {"completions": completions, **vars(counts)}
+        return {
+            "completions": completions,
+            "num_drafts": counts.num_drafts,
+            "num_draft_tokens": counts.num_draft_tokens,
+            "num_accepted_tokens": counts.num_accepted_tokens,
+        }
 
     def probe(self, command: dict[str, Any]) -> dict[str, Any]:
         module, _, name = command["function"].partition(":")

@@ -1,4 +1,4 @@
-"""Whether the engines fit into memory side by side."""
+"""Whether engines fit into memory side by side."""
 
 from __future__ import annotations
 
@@ -7,6 +7,34 @@ from typing import Any
 
 PROCESS_BYTES = 1 << 30
 """Python, PyTorch, vLLM and compiled code of one engine."""
+
+
+def weight_file_bytes(model: str) -> int:
+    """Size of a model's weight files.
+
+    Args:
+        model: Path or hub name.
+
+    Returns:
+        Bytes; 0 where the model is no folder of safetensors files.
+    """
+    folder = Path(model)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def engine_bytes(model: str, step_bytes: int, kv_cache_bytes: int, extra_bytes: int = 0) -> int:
+    """Memory of one engine.
+
+    Args:
+        model: Path or hub name.
+        step_bytes: Weight bytes of a decoding step, as `vllm-sirius doctor` says.
+        kv_cache_bytes: Its KV cache.
+        extra_bytes: What it holds beside the model: copies of weights, a draft model.
+
+    Returns:
+        An estimate.
+    """
+    return max(step_bytes, weight_file_bytes(model)) + kv_cache_bytes + PROCESS_BYTES + extra_bytes
 
 
 def engines_bytes(model: str, inspection: dict[str, Any], kv_cache_bytes: int, num_sirius: int) -> int:
@@ -21,10 +49,10 @@ def engines_bytes(model: str, inspection: dict[str, Any], kv_cache_bytes: int, n
     Returns:
         An estimate.
     """
-    files = Path(model).glob("*.safetensors") if Path(model).is_dir() else ()
-    weights = max(inspection["step_bytes"], sum(file.stat().st_size for file in files))
-    rows = inspection["step_bytes"] * inspection["ffn_share"]
-    return int((1 + num_sirius) * (weights + kv_cache_bytes + PROCESS_BYTES) + num_sirius * rows)
+    step_bytes = inspection["step_bytes"]
+    rows = int(step_bytes * inspection["ffn_share"])
+    sirius = num_sirius * engine_bytes(model, step_bytes, kv_cache_bytes, rows)
+    return engine_bytes(model, step_bytes, kv_cache_bytes) + sirius
 
 
 def available_bytes() -> int:

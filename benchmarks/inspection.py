@@ -1,0 +1,137 @@
+"""What is known of an arm before and after its engine starts: bytes of a step, bytes of memory."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.configurations import Configuration
+from benchmarks.errors import BenchmarkError
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.measuring import memory
+
+EXTRA_MEMORY = re.compile(r"extra memory ([\d.]+) MiB")
+"""In the start-up line of Sirius."""
+
+SCALES_SHARE = 1 / 8
+"""Most that scales and offsets add to low-bit copies."""
+
+
+@functools.cache
+def doctor(model: str, knobs: str, dtype: str) -> dict[str, Any]:
+    """Asks `vllm-sirius doctor` about a model, in a process of its own.
+
+    Args:
+        model: Path or hub name.
+        knobs: Knobs of Sirius as JSON.
+        dtype: Type of the weights.
+
+    Returns:
+        Its report.
+
+    Raises:
+        BenchmarkError: If Sirius cannot serve the model here.
+    """
+    program = "import sys; from vllm_sirius.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "doctor", model, "--json", "--dtype", dtype]
+    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
+    found = subprocess.run(
+        [*command, "--speculative-config", knobs], env=variables, capture_output=True, text=True, check=False
+    )
+    if found.returncode != 0:
+        lines = found.stderr.strip().splitlines() or ["vllm-sirius doctor failed"]
+        raise BenchmarkError(f"--model {model}: {lines[-1]}")
+    answer: dict[str, Any] = json.loads(found.stdout)
+    return answer
+
+
+def draft_knobs(config: SiriusConfig | None) -> str:
+    """The knobs that decide what a draft step reads.
+
+    Args:
+        config: The knobs of an arm; ``None`` for an arm without Sirius.
+
+    Returns:
+        JSON for `doctor`, the same for arms with the same draft.
+    """
+    if config is None:
+        return "{}"
+    knobs: dict[str, Any] = {"sparsity": config.sparsity, "draft_weights": config.draft_weights}
+    if config.sparsity != "none":
+        knobs["density"] = config.density
+    if config.draft_weights != "shared":
+        knobs["draft_weights_scope"] = config.draft_weights_scope
+    return json.dumps(knobs)
+
+
+def copied_bytes(config: SiriusConfig, step_bytes: int, ffn_share: float) -> int:
+    """Estimates the weights that the draft of Sirius keeps for itself on a CPU.
+
+    Args:
+        config: The knobs.
+        step_bytes: Weight bytes of a decoding step.
+        ffn_share: Part of them that belongs to FFNs.
+
+    Returns:
+        Bytes of neuron rows, or of low-bit copies.
+    """
+    share = 1.0 if config.draft_bits is None else config.draft_bits / 16 * (1 + SCALES_SHARE)
+    copied = 1.0 if config.draft_weights_scope == "all" else ffn_share
+    return int(step_bytes * copied * share)
+
+
+def extra_bytes(configuration: Configuration, inspection: dict[str, Any]) -> int:
+    """Estimates what an arm's engine holds beside model and KV cache.
+
+    Args:
+        configuration: The arm.
+        inspection: What `doctor` says about the model.
+
+    Returns:
+        Bytes of copies, or of a draft model.
+    """
+    if configuration.sirius is not None:
+        return copied_bytes(configuration.sirius, inspection["step_bytes"], inspection["ffn_share"])
+    return memory.weight_file_bytes(str(configuration.speculative_config.get("model", "")))
+
+
+def draft_density(configuration: Configuration, model: str, dtype: str, step_bytes: int) -> float | None:
+    """Part of a target step's bytes that a draft step of an arm reads.
+
+    Args:
+        configuration: The arm.
+        model: Path or hub name of the target.
+        dtype: Type of its weights.
+        step_bytes: Weight bytes of a target step.
+
+    Returns:
+        The part: 0 for methods that draft without weights, ``None`` where it is unknown.
+    """
+    if configuration.sirius is not None:
+        return float(doctor(model, draft_knobs(configuration.sirius), dtype)["draft_density"])
+    drafter = configuration.speculative_config.get("model")
+    if drafter is None:
+        return 0.0
+    return memory.weight_file_bytes(str(drafter)) / step_bytes or None
+
+
+def extra_memory_bytes(configuration: Configuration, start_up_line: str) -> int | None:
+    """Memory that an arm takes beyond vLLM alone.
+
+    Args:
+        configuration: The arm.
+        start_up_line: What Sirius said when the engine started.
+
+    Returns:
+        What Sirius reports, or the weight files of a draft model; ``None`` where it is unknown.
+    """
+    if configuration.sirius is not None:
+        found = EXTRA_MEMORY.search(start_up_line)
+        return int(float(found.group(1)) * (1 << 20)) if found else None
+    drafter = configuration.speculative_config.get("model")
+    return 0 if drafter is None else memory.weight_file_bytes(str(drafter)) or None

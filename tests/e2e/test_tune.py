@@ -1,0 +1,126 @@
+"""``vllm-sirius tune`` on SmolLM2: what it measures, writes and leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.real_models import OWN_QUESTIONS, SMOL, model_path
+from support.tiny_models import build
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.tuning.grid import DRAFTS, RULES
+from vllm_sirius.tuning.options import TuningOptions
+from vllm_sirius.tuning.run import tune
+
+COMMAND = str(Path(sys.executable).with_name("vllm-sirius"))
+MAX_KERNEL_SIZE = 8
+STOP_SECONDS = 120
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": question}) + "\n" for question in OWN_QUESTIONS))
+    return path
+
+
+def test_one_draft(prompts, tmp_path, capfd):
+    """The grid is one draft: four engines in all."""
+    options = TuningOptions(
+        model_path(SMOL),
+        prompts=prompts,
+        num_prompts=2,
+        max_tokens=24,
+        max_kernel_size=MAX_KERNEL_SIZE,
+        output=tmp_path / "sirius.json",
+        report=tmp_path / "report.json",
+    )
+    options.check()
+    text = tune(options, DRAFTS[:1])
+    report = json.loads(options.report.read_text())
+    (draft,) = report["drafts"]
+    assert draft["refused"] == ""
+    assert draft["start_up_line"]
+    for rule in RULES:
+        assert draft["counts"][rule]["num_drafts"] > 0
+        assert len(draft["counts"][rule]["accepted_by_position"]) == MAX_KERNEL_SIZE - 1
+        for prediction in draft["predictions"][rule]:
+            assert 1.0 <= prediction["acceptance_length"] <= prediction["kernel_size"]
+            assert prediction["draft_cost"] > 0.0
+            assert prediction["verify_cost"] > 0.0
+    # The laxer rule accepts whatever the stricter one does.
+    longest = {rule: draft["predictions"][rule][-1]["acceptance_length"] for rule in RULES}
+    assert longest["threshold"] >= longest["lossless"]
+    assert [arm["title"] for arm in report["comparison"]] == ["vLLM alone", "best lossless", "best threshold"]
+    assert all(answer["tokens"] == 24 for arm in report["comparison"] for answer in arm["answers"])
+    assert [winner["acceptance"] for winner in report["winners"]] == list(RULES)
+    for winner in report["winners"]:
+        check_settings(winner, options.output_file(winner["acceptance"]), text)
+    assert "questions.jsonl, JSON lines, field 'question'" in text
+    bar = capfd.readouterr().err
+    assert re.search(r"100%.*\d+/\d+", bar)
+
+
+def check_settings(winner, file, text):
+    config = SiriusConfig.from_options(winner["speculative_config"])
+    assert config.acceptance == winner["acceptance"]
+    assert 2 <= config.kernel_size <= MAX_KERNEL_SIZE
+    assert winner["pays"] == (winner["measured_ratio"] >= 1.0) == file.exists()
+    if file.exists():
+        assert json.loads(file.read_text()) == winner["speculative_config"]
+    assert f"measured {winner['measured_ratio']:.2f}x" in text
+
+
+def test_a_model_that_cannot_be_served(prompts, tmp_path):
+    """The words are those of ``vllm serve``; no engine starts."""
+    model = build("opt", tmp_path)
+    command = [COMMAND, "tune", str(model), "--prompts", str(prompts)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=STOP_SECONDS, cwd=tmp_path, check=False)
+    assert run.returncode == 1, run.stderr[-3000:]
+    assert "gated" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+
+
+def children_of(process_id):
+    """Process ids of the living children of a process."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[1]) == process_id:
+                found.append(int(folder.name))
+    return found
+
+
+def test_an_interruption_ends_the_engine_and_says_what_is_lost(prompts, tmp_path):
+    log = tmp_path / "stderr"
+    command = [COMMAND, "tune", model_path(SMOL), "--prompts", str(prompts)]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + STOP_SECONDS
+        while "coarse 0.5: starting" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        engines = children_of(process.pid)
+        assert engines
+        process.send_signal(signal.SIGINT)
+        assert process.wait(STOP_SECONDS) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert "interrupted: the measurements of 0 of 7 drafts are lost, and no file was written" in log.read_text()
+    assert not any(Path(f"/proc/{engine}").exists() for engine in engines)
+    assert not list(tmp_path.glob("sirius-*.json"))

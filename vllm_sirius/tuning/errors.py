@@ -1,0 +1,9 @@
+"""The failures of ``vllm-sirius tune``. Leaf module."""
+
+
+class TuningError(Exception):
+    """A failure that the user can act on; its text is the whole message."""
+
+
+class TuningInterrupted(Exception):  # noqa: N818 - the user's wish, not an error
+    """The user stopped the run; the text says what is lost."""

@@ -1,0 +1,108 @@
+"""Looks at the model and the machine before any engine starts: `inspect`, and this module as a program does the looking.
+
+A process of its own keeps vLLM's imports, environment variables and distributed state out of the one that measures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_sirius.errors import SiriusError, SiriusUnsupportedError
+from vllm_sirius.measuring.engine import ERROR_LINE
+from vllm_sirius.tuning.errors import TuningError
+from vllm_sirius.tuning.options import TuningOptions
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known before engines start.
+
+    Attributes:
+        platform: vLLM's name of the platform, for example ``cpu``.
+        dtype: The dtype that ``auto`` stands for.
+        no_low_bit: Why copies in few bits cannot be drafted with; empty where they can.
+        max_model_len: Longest text of the model.
+        kv_bytes_per_token: KV cache of one token of text, in bytes; an upper bound for models with sliding windows.
+        step_bytes: Weight bytes that a dense decoding step reads.
+        ffn_share: Part of them that belongs to gated FFNs.
+    """
+
+    platform: str
+    dtype: str
+    no_low_bit: str
+    max_model_len: int
+    kv_bytes_per_token: int
+    step_bytes: int
+    ffn_share: float
+
+
+def inspect(options: TuningOptions) -> Inspection:
+    """Looks at a model without loading its weights.
+
+    Args:
+        options: What the user asked for.
+
+    Returns:
+        What was found.
+
+    Raises:
+        SiriusUnsupportedError: If Sirius cannot serve the model here, in the words of ``vllm serve``.
+        TuningError: If vLLM cannot.
+    """
+    engine = {"model": options.model, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [sys.executable, "-m", __name__, json.dumps(engine)]
+    found = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        errors = [line for line in found.stderr.splitlines() if ERROR_LINE.match(line)]
+        raise TuningError(f"vLLM cannot serve {options.model}: {errors[-1] if errors else 'it gave no reason'}")
+    answer: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    if "refused" in answer:
+        raise SiriusUnsupportedError(answer["refused"])
+    return Inspection(**answer)
+
+
+def _look(engine: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from vllm_sirius.ffn.kernels.native import choose_kernels
+    from vllm_sirius.integration.doctor import inspect_model
+
+    further = {key: value for key, value in engine.items() if key != "model"}
+    shape = inspect_model(engine["model"], {}, further)
+    config = EngineArgs(**engine, enforce_eager=True).create_engine_config()
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    no_low_bit = "they exist on CPU only"
+    if current_platform.is_cpu():
+        kernels = choose_kernels(model.dtype, torch.device("cpu"))
+        no_low_bit = "" if kernels.native else kernels.reason
+    return {
+        "platform": current_platform.device_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "no_low_bit": no_low_bit,
+        "max_model_len": model.max_model_len,
+        "kv_bytes_per_token": 2 * heads * model.get_head_size() * model.dtype.itemsize,
+        "step_bytes": shape.step_bytes,
+        "ffn_share": shape.ffn_share,
+    }
+
+
+def _answer() -> None:
+    """Prints one line of JSON after whatever else was printed."""
+    try:
+        answer = _look(json.loads(sys.argv[1]))
+    except SiriusError as error:
+        answer = {"refused": str(error)}
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    _answer()
