@@ -73,16 +73,18 @@ def copied_bytes(config: SiriusConfig, step_bytes: int, ffn_share: float) -> int
     """Estimates the weights that the draft of Sirius keeps for itself on a CPU.
 
     Args:
-        config: The knobs.
+        config: The knobs; ``auto`` is int8, as on CPU.
         step_bytes: Weight bytes of a decoding step.
         ffn_share: Part of them that belongs to FFNs.
 
     Returns:
         Bytes of neuron rows, or of low-bit copies.
     """
-    share = 1.0 if config.draft_bits is None else config.draft_bits / 16 * (1 + SCALES_SHARE)
+    bits = config.resolved("int8").draft_bits
+    if bits is None:
+        return int(step_bytes * ffn_share)
     copied = 1.0 if config.draft_weights_scope == "all" else ffn_share
-    return int(step_bytes * copied * share)
+    return int(step_bytes * copied * bits / 16 * (1 + SCALES_SHARE))
 
 
 def extra_bytes(configuration: Configuration, inspection: dict[str, Any]) -> int:

@@ -1,9 +1,9 @@
-"""Sirius in the offline API: `python examples/offline.py [MODEL]`.
+"""Sirius in the offline API: `python examples/offline.py [--enforce-eager] [MODEL]`.
 
 The model drafts for itself. The threshold rule is lossy; add ``"acceptance": "lossless"`` to keep the model's own output.
 """
 
-import sys
+import argparse
 
 from vllm import LLM, SamplingParams
 
@@ -15,8 +15,13 @@ QUESTIONS = ["Name the planets of the solar system.", "Write a Python function t
 
 def main() -> None:
     """Answers the questions and says how many tokens each correction pass advanced."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default=MODEL)
+    parser.add_argument("--enforce-eager", action="store_true", help="start in seconds instead of compiling first")
+    given = parser.parse_args()
     llm = LLM(
-        model=sys.argv[1] if len(sys.argv) > 1 else MODEL,
+        model=given.model,
+        enforce_eager=given.enforce_eager,
         speculative_config={"method": "sirius", "kernel_size": 16, "sparsity": "coarse", "density": 0.5},
         max_model_len=1024,
         kv_cache_memory_bytes=1 << 30,  # on CPU vLLM would take most of the machine's memory

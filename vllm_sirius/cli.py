@@ -71,6 +71,7 @@ def _doctor(given: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm_sirius.integration.doctor import inspect_model
+    from vllm_sirius.integration.model_shape import bytes_per_weight
 
     options = {key: value for key, value in given.speculative_config.items() if key != "method"}
     config = SiriusConfig.from_options(options)
@@ -89,6 +90,7 @@ def _doctor(given: argparse.Namespace) -> int:
             "step_bytes": shape.step_bytes,
             "ffn_share": shape.ffn_share,
             "draft_density": draft,
+            "bytes_per_weight": bytes_per_weight(config),
             "kernel_size": length,
             "ceiling_by_acceptance_rate": ceilings,
         }

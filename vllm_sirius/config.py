@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm_sirius.errors import SiriusConfigError
 
 SPARSITIES = ("coarse", "fine", "none")
 ACCEPTANCES = ("threshold", "lossless")
-DRAFT_WEIGHTS = ("shared", "int8", "int4")
+DRAFT_WEIGHTS = ("auto", "shared", "int8", "int4")
 DRAFT_WEIGHTS_SCOPES = ("ffn", "all")
 DRAFT_SAMPLINGS = ("greedy", "probabilistic")
 
@@ -42,7 +42,8 @@ class SiriusConfig:
         refresh: Update the coarse set from every correction pass. ``False`` is the paper's behaviour: the set is
             fixed by the prompt.
         draft_weights: Weights the draft reads. ``shared`` are the target's own values; ``int8`` and ``int4`` are rounded
-            copies, made at load without calibration data, which the target never reads.
+            copies, made at load without calibration data, which the target never reads. ``auto`` shares where the target's
+            rows can be read (GPU), and otherwise (CPU, where the draft needs rows of its own) copies them as int8.
         draft_weights_scope: What is copied in few bits: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
         acceptance: ``threshold`` is the paper's likelihood rule and changes the output distribution; ``lossless`` is
             rejection sampling, whose output is distributed as the target's.
@@ -62,8 +63,8 @@ class SiriusConfig:
     sparsity: str = "coarse"
     density: float = 0.5
     refresh: bool = True
-    draft_weights: str = "shared"
-    draft_weights_scope: str = "ffn"
+    draft_weights: str = "auto"
+    draft_weights_scope: str = "all"
     acceptance: str = "threshold"
     draft_sampling: str = "greedy"
     threshold: float = 0.1
@@ -107,11 +108,6 @@ class SiriusConfig:
         self._check_supported()
 
     def _check_supported(self) -> None:
-        if self.draft_weights == "shared" and self.draft_weights_scope != "ffn":
-            raise SiriusConfigError(
-                f"draft_weights_scope={self.draft_weights_scope!r} has no meaning with draft_weights='shared', which copies "
-                "nothing: drop it, or use draft_weights='int8' or 'int4'."
-            )
         if self.tree_width != 1:
             raise SiriusConfigError(
                 f"tree_width={self.tree_width!r} is not supported yet: use 1, a single chain of draft tokens."
@@ -129,8 +125,19 @@ class SiriusConfig:
 
     @property
     def draft_bits(self) -> int | None:
-        """Bits of a copied weight, or ``None`` where the draft reads the target's values."""
+        """Bits of a copied weight, or ``None`` where the draft reads the target's values; not for ``auto``."""
         return {"shared": None, "int8": 8, "int4": 4}[self.draft_weights]
+
+    def resolved(self, automatic: str) -> SiriusConfig:
+        """The knobs with ``draft_weights`` decided.
+
+        Args:
+            automatic: What ``auto`` means for this model on this machine, ``shared`` or ``int8``.
+
+        Raises:
+            SiriusConfigError: If that contradicts another knob.
+        """
+        return self if self.draft_weights != "auto" else replace(self, draft_weights=automatic)
 
     @property
     def lossless(self) -> bool:
@@ -176,6 +183,11 @@ class SiriusConfig:
                     f"{key}={given[key]!r} has no meaning with acceptance='lossless': drop it, or use "
                     "acceptance='threshold'."
                 )
+        if self.draft_weights == "shared" and "draft_weights_scope" in given:
+            raise SiriusConfigError(
+                f"draft_weights_scope={self.draft_weights_scope!r} has no meaning with draft_weights='shared', which copies "
+                "nothing: drop it, or use draft_weights='int8' or 'int4'."
+            )
         if self.sparsity != "coarse" and "refresh" in given:
             raise SiriusConfigError(
                 f"refresh={given['refresh']!r} has no meaning with sparsity={self.sparsity!r}, which keeps no set of neurons: "

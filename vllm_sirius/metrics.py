@@ -54,25 +54,25 @@ def read_counts(metrics: Iterable[Any]) -> SpeculationCounts:
     Returns:
         The counts since the engine started; zeros where nothing was drafted.
     """
-    found: dict[str, Any] = {
-        metric.name: getattr(metric, "value", getattr(metric, "values", None)) for metric in metrics
-    }
+    found: dict[str, Any] = {m.name: getattr(m, "value", getattr(m, "values", None)) for m in metrics}
     names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
     by_position = found.get("vllm:spec_decode_num_accepted_tokens_per_pos", ())
     return SpeculationCounts(*(int(found.get(f"vllm:spec_decode_{name}", 0)) for name in names), tuple(by_position))
 
 
-def draft_density(ffn_share: float, density: float) -> float:
-    """Part of the weights a draft step reads (the paper's ``d``, section 2).
+def draft_density(ffn_share: float, density: float, ffn_bytes: float = 1.0, other_bytes: float = 1.0) -> float:
+    """Part of the bytes of a dense step that a draft step reads (the paper's ``d``, section 2).
 
     Args:
         ffn_share: Part of the weights that a dense step reads which belongs to gated FFNs.
         density: Part of the FFN that the draft reads.
+        ffn_bytes: Bytes of an FFN weight that the draft reads over those of the target's; below 1 for copies in few bits.
+        other_bytes: The same for all other weights.
 
     Returns:
         A number in (0, 1].
     """
-    return 1.0 - ffn_share * (1.0 - density)
+    return ffn_share * density * ffn_bytes + (1.0 - ffn_share) * other_bytes
 
 
 def fine_ffn_density(density: float) -> float:

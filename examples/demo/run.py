@@ -103,12 +103,12 @@ def doctor(model: str, options: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def make_arms(given: argparse.Namespace, ffn_share: float) -> list[Arm]:
+def make_arms(given: argparse.Namespace, inspection: dict[str, Any]) -> list[Arm]:
     """Lists vLLM alone and the chosen arms of Sirius.
 
     Args:
         given: The command line.
-        ffn_share: Part of a dense step's bytes that belongs to FFNs.
+        inspection: What `vllm-sirius doctor` says about the model.
 
     Returns:
         The arms, vLLM alone first.
@@ -121,7 +121,8 @@ def make_arms(given: argparse.Namespace, ffn_share: float) -> list[Arm]:
         if acceptance == "threshold":
             options["threshold"] = given.threshold
         kept = given.density if sparsity == "coarse" else fine_ffn_density(given.density)
-        arms.append(Arm(key, f"Sirius {acceptance}, {sparsity}", options, draft_density(ffn_share, kept)))
+        density = draft_density(inspection["ffn_share"], kept, *inspection["bytes_per_weight"])
+        arms.append(Arm(key, f"Sirius {acceptance}, {sparsity}", options, density))
     return arms
 
 
@@ -274,7 +275,7 @@ def run(given: argparse.Namespace) -> None:
     started = time.monotonic()
     given.output.mkdir(parents=True, exist_ok=True)
     setting = prepare(given)
-    arms = make_arms(given, setting.inspection["ffn_share"])
+    arms = make_arms(given, setting.inspection)
     needed = memory.engines_bytes(setting.model, setting.inspection, KV_CACHE_BYTES, len(arms) - 1)
     free = memory.available_bytes()
     say(f"  {len(arms)} engines need about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available")

@@ -24,6 +24,7 @@ def acceptance_length(host, name, task, num_prompts, options, max_tokens=128, ba
             "kernel_size": KERNEL,
             "threshold": 0.1,
             "adaptive": False,
+            "draft_weights": "shared",
             **options,
         },
     }
@@ -32,7 +33,6 @@ def acceptance_length(host, name, task, num_prompts, options, max_tokens=128, ba
     return found.acceptance_length
 
 
-@only_v1
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["gsm8k", "humaneval"])
 @pytest.mark.parametrize(
@@ -40,33 +40,18 @@ def acceptance_length(host, name, task, num_prompts, options, max_tokens=128, ba
     [({}, 10.5), ({"sparsity": "fine"}, 14.0), ({"refresh": False}, 4.0)],
     ids=["coarse-refreshed", "fine", "coarse-as-in-the-paper"],
 )
-def test_qwen_large(host, task, options, floor):
+def test_qwen_large_v1(task, options, floor):
     batch = 4 if options.get("sparsity") == "fine" else 1
-    assert acceptance_length(host, QWEN_LARGE, task, NUM_PROMPTS, options, batch=batch) >= floor
+    with EngineHost() as host:  # ends with the test: a process keeps part of each engine's memory, here gigabytes
+        assert acceptance_length(host, QWEN_LARGE, task, NUM_PROMPTS, options, batch=batch) >= floor
 
 
 @only_v1
 def test_refresh_and_fine_sparsity_lengthen_acceptance(host):
-    paper = acceptance_length(host, QWEN_SMALL, "gsm8k", 4, {"refresh": False}, max_tokens=64)
-    refreshed = acceptance_length(host, QWEN_SMALL, "gsm8k", 4, {}, max_tokens=64)
-    fine = acceptance_length(host, QWEN_SMALL, "gsm8k", 4, {"sparsity": "fine"}, max_tokens=64)
+    paper = acceptance_length(host, QWEN_SMALL, "gsm8k", 3, {"refresh": False}, max_tokens=64)
+    refreshed = acceptance_length(host, QWEN_SMALL, "gsm8k", 3, {}, max_tokens=64)
+    fine = acceptance_length(host, QWEN_SMALL, "gsm8k", 3, {"sparsity": "fine"}, max_tokens=64)
     assert 1.0 < paper < refreshed < fine <= KERNEL
-
-
-@only_v1
-def test_adaptive_length_wastes_fewer_drafts(host):
-    prompts = chat_prompts(QWEN_SMALL, "gsm8k", 2)
-    waste = {}
-    for adaptive in (False, True):
-        engine = {
-            "model": model_path(QWEN_SMALL),
-            "dtype": "bfloat16",
-            "max_num_seqs": 1,
-            "speculative_config": {"method": "sirius", "density": 0.3, "acceptance": "lossless", "adaptive": adaptive},
-        }
-        found = host.generate(engine, prompts, {"max_tokens": 48, "ignore_eos": True})
-        waste[adaptive] = found.num_draft_tokens - found.num_accepted_tokens
-    assert waste[True] < 0.7 * waste[False]
 
 
 PARITY = [
@@ -81,7 +66,7 @@ def test_acceptance_is_as_long_on_v2_as_on_v1(options):
     """Tokens per pass of one request at a time, counted alike on both: vLLM's counters differ between the runners."""
     prompts = chat_prompts(SMOL, "gsm8k", 2) + chat_prompts(SMOL, "humaneval", 1)
     sampling = {"max_tokens": 64, "ignore_eos": True}
-    sirius = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, **options}
+    sirius = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, "draft_weights": "shared", **options}
     engine = {"model": model_path(SMOL), "max_num_seqs": 1, "speculative_config": sirius}
     lengths = {}
     for runner in RUNNERS:

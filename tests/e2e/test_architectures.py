@@ -8,7 +8,7 @@ from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
 
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17, 40))]
 SAMPLING = {"max_tokens": 20, "ignore_eos": True}
-COARSE = {"method": "sirius", "acceptance": "lossless", "kernel_size": 5}
+COARSE = {"method": "sirius", "acceptance": "lossless", "kernel_size": 5, "adaptive": False}
 FINE = {**COARSE, "sparsity": "fine", "density": 0.3}
 
 KNOWN_ACTIVATIONS = ("SiluAndMul", "MulAndSilu", "GeluAndMul")

@@ -5,7 +5,13 @@ from support.real_models import SMOL, mixed_prompts, model_path
 
 SAMPLING = {"max_tokens": 24, "ignore_eos": True}
 ENGINE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4}
-LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 8, "adaptive": False}
+LOSSLESS = {
+    "method": "sirius",
+    "acceptance": "lossless",
+    "kernel_size": 8,
+    "adaptive": False,
+    "draft_weights": "shared",
+}
 
 
 def test_compiled_and_eager_drafts_are_the_same_v1():

@@ -21,6 +21,8 @@ VLLM = Path(sys.executable).with_name("vllm")
 TIMEOUT = 600
 SERVER_START_SECONDS = 300
 KV_CACHE = ["--kv-cache-memory-bytes", "256M"]
+EAGER = "--enforce-eager"
+"""Compiling takes minutes, and `test_compiled_draft` covers it."""
 
 
 def run(*command: str | Path) -> str:
@@ -33,7 +35,7 @@ def run(*command: str | Path) -> str:
 
 
 def test_offline():
-    output = run(sys.executable, EXAMPLES / "offline.py", model_path(SMOL))
+    output = run(sys.executable, EXAMPLES / "offline.py", "--enforce-eager", model_path(SMOL))
     found = re.search(r"acceptance length (\d+\.\d+)/16 over (\d+) correction passes", output)
     assert found
     assert 1.0 <= float(found[1]) <= 16.0
@@ -45,7 +47,7 @@ def test_batch(tmp_path):
     model = model_path(SMOL)
     assert "3 requests written" in run(sys.executable, EXAMPLES / "batch.py", requests, model)
     sirius = json.dumps({"method": "sirius", "acceptance": "lossless"})
-    engine = ["--model", model, "--speculative-config", sirius, "--max-model-len", "1024", *KV_CACHE]
+    engine = ["--model", model, "--speculative-config", sirius, "--max-model-len", "1024", *KV_CACHE, EAGER]
     run(VLLM, "run-batch", "-i", requests, "-o", answers, *engine)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert sorted(line["custom_id"] for line in lines) == ["question-0", "question-1", "question-2"]
@@ -59,7 +61,16 @@ def server_url(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["--speculative-model", "sirius", "--num-speculative-tokens", "15", "--max-model-len", "1024", *KV_CACHE]
+    flags = [
+        "--speculative-model",
+        "sirius",
+        "--num-speculative-tokens",
+        "15",
+        "--max-model-len",
+        "1024",
+        *KV_CACHE,
+        EAGER,
+    ]
     log = tmp_path / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(

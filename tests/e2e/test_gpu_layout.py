@@ -8,7 +8,7 @@ from support.tiny_models import build
 
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17))]
 SAMPLING = {"max_tokens": 12, "ignore_eos": True}
-LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 4}
+LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 4, "adaptive": False}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ PLAIN = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": BATCH,
 
 
 def sparse(**options):
-    return {**PLAIN, "speculative_config": {"method": "sirius", "kernel_size": KERNEL, **options}}
+    return {**PLAIN, "speculative_config": {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, **options}}
 
 
 def record(host, engine, prompts, sampling=SAMPLING):
@@ -55,7 +55,7 @@ def test_accepted_positions_hold_dense_kv_in_a_ragged_batch(host, prompts, dense
 
 def test_threshold_drafts_are_rewritten_by_the_target(host, prompts):
     """With every draft token accepted, pages that kept the draft's own K/V would be far from dense ones."""
-    found = record(host, sparse(threshold=0, adaptive=False), prompts)
+    found = record(host, sparse(threshold=0), prompts)
     # The dense engine reads the same text as a prompt and writes its K/V in one pass.
     texts = [prompt + tokens for prompt, tokens in zip(prompts, found["token_ids"], strict=True)]
     dense = record(host, PLAIN, texts, {"max_tokens": 2, "ignore_eos": True})

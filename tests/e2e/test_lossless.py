@@ -8,7 +8,14 @@ MAX_TOKENS = 24
 
 
 def sirius(**options):
-    return {"method": "sirius", "acceptance": "lossless", "kernel_size": 8, **options}
+    return {
+        "method": "sirius",
+        "acceptance": "lossless",
+        "kernel_size": 8,
+        "adaptive": False,
+        "draft_weights": "shared",
+        **options,
+    }
 
 
 def check_identical(host, name, batch, options, num_prompts, **engine):
@@ -59,7 +66,7 @@ def test_qwen_is_token_identical_in_short(host):
 
 @pytest.mark.parametrize("kernel_size", [2, 3, 16, 40])
 def test_any_kernel_size_is_token_identical(host, kernel_size):
-    check_identical(host, SMOL, 8, {"kernel_size": kernel_size, "adaptive": False}, num_prompts=3)
+    check_identical(host, SMOL, 8, {"kernel_size": kernel_size}, num_prompts=3)
 
 
 @only_v1

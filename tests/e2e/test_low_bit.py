@@ -10,14 +10,14 @@ LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 8, "ada
 
 CONFIGURATIONS = [
     # options, least part of the drafts that must be accepted
-    pytest.param({"draft_weights": "int8", "sparsity": "none", "draft_weights_scope": "all"}, 0.8, id="int8-whole-all"),
-    pytest.param({"draft_weights": "int4", "sparsity": "none"}, 0.5, id="int4-whole-ffn"),
+    pytest.param({"draft_weights": "int8", "sparsity": "none"}, 0.8, id="int8-whole-all"),
+    pytest.param({"draft_weights": "int4", "sparsity": "none", "draft_weights_scope": "ffn"}, 0.5, id="int4-whole-ffn"),
     pytest.param(
-        {"draft_weights": "int4", "sparsity": "fine", "density": 0.5, "draft_weights_scope": "all"},
+        {"draft_weights": "int4", "sparsity": "fine", "density": 0.5},
         0.1,
         id="int4-fine-all",
     ),
-    pytest.param({"draft_weights": "int8", "density": 0.5}, 0.05, id="int8-coarse-ffn"),
+    pytest.param({"draft_weights": "int8", "density": 0.5, "draft_weights_scope": "ffn"}, 0.05, id="int8-coarse-ffn"),
 ]
 
 
@@ -47,7 +47,7 @@ def test_low_bit_drafts_are_token_identical_v1(v1, reference, options, least):
 def test_compiled_low_bit_drafts_are_the_same_v1(v1):
     found = {}
     for eager in (True, False):
-        options = {**LOSSLESS, "draft_weights": "int4", "sparsity": "none", "draft_weights_scope": "all"}
+        options = {**LOSSLESS, "draft_weights": "int4", "sparsity": "none"}
         engine = {**ENGINE, "enforce_eager": eager, "speculative_config": options}
         found[eager] = v1.generate(engine, mixed_prompts(SMOL, 4), SAMPLING)
         assert v1.probe(engine, "support.probes:compiled_draft_report")["compiled"] == (not eager)

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.drafting.policy import DraftPolicy
+
 
 def model_runner(llm: Any) -> Any:
     """The model runner of an in-process engine."""
@@ -47,6 +50,22 @@ def draft_report(llm: Any) -> dict[str, Any]:
         "requests": len(runner.req_states.req_id_to_index if is_v2(runner) else drafter._requests),
         "draft_calls": drafter.ffns.num_draft_calls,
     }
+
+
+def fix_costs(llm: Any, draft: float) -> dict[str, Any]:
+    """Makes the adaptive length of an engine (Model Runner V1) believe in a draft cost, in target steps of one token."""
+    runner = model_runner(llm)
+    costs = StepCosts({1: draft}, {1: 1.0, 64: 2.0})
+    costs.draft.observe = costs.target.observe = lambda size, seconds: None
+    runner.drafter.policy = DraftPolicy(costs)
+    runner.drafter.policy.observe_step = lambda *step: None
+    return costs.as_dict()
+
+
+def measured_costs(llm: Any) -> dict[str, Any]:
+    """Costs as a user asks for them."""
+    costs: dict[str, Any] = llm.collective_rpc("sirius_costs")[0]
+    return costs
 
 
 def free_slots(llm: Any) -> dict[str, int]:

@@ -321,7 +321,10 @@ def test_prompts_that_bench_serve_would_leave_out_are_refused():
 
 
 def test_memory_of_copies_and_of_a_draft_model(tmp_path):
-    shared, int4 = SiriusConfig(), SiriusConfig(sparsity="none", draft_weights="int4", draft_weights_scope="all")
+    shared, int4 = (
+        SiriusConfig(draft_weights="shared"),
+        SiriusConfig(sparsity="none", draft_weights="int4", draft_weights_scope="all"),
+    )
     assert inspection.copied_bytes(shared, 1000, 0.6) == 600
     assert inspection.copied_bytes(int4, 1000, 0.6) == 281
     assert inspection.copied_bytes(replace(int4, draft_weights_scope="ffn"), 1000, 0.5) == 140
@@ -336,7 +339,7 @@ def test_memory_of_copies_and_of_a_draft_model(tmp_path):
 
 def test_arms_with_the_same_draft_share_an_inspection():
     drafts = {
-        inspection.draft_knobs(arm.sirius) for arm in choose(["default", "coarse-shared", "default@8"], [], None)[1:]
+        inspection.draft_knobs(arm.sirius) for arm in choose(["coarse-shared", "coarse-shared@8"], [], None)[1:]
     }
     assert len(drafts) == 1
     assert json.loads(drafts.pop()) == {"sparsity": "coarse", "draft_weights": "shared", "density": 0.5}

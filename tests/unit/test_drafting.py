@@ -2,8 +2,9 @@
 
 import torch
 
-from vllm_sirius.drafting.length import MIN_ADAPTIVE_LENGTH, AdaptiveLength, max_useful_draft_tokens
+from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
+from vllm_sirius.drafting.policy import FullLength
 
 VOCABULARY = 50
 
@@ -27,6 +28,7 @@ def test_every_request_drafts_to_its_own_limit_and_position():
             DraftRequest(2, last_token_id=20, position=90, max_draft_tokens=1, end_token_ids=frozenset()),
         ],
         model,
+        FullLength(),
     )
     assert drafts == {0: [11, 12, 13], 2: [21]}
     assert model.steps == [([0, 2], [10, 20], [5, 90]), ([0], [11], [6]), ([0], [12], [7])]
@@ -35,14 +37,14 @@ def test_every_request_drafts_to_its_own_limit_and_position():
 def test_the_draft_never_proposes_the_end_of_text():
     model = NextNumber()
     ends = frozenset({12})
-    drafts = draft_tokens([DraftRequest(0, 10, 0, 8, ends), DraftRequest(1, 11, 0, 8, ends)], model)
+    drafts = draft_tokens([DraftRequest(0, 10, 0, 8, ends), DraftRequest(1, 11, 0, 8, ends)], model, FullLength())
     assert drafts == {0: [11], 1: []}
     assert len(model.steps) == 2
 
 
 def test_nothing_to_draft_runs_nothing():
     model = NextNumber()
-    assert draft_tokens([], model) == {}
+    assert draft_tokens([], model, FullLength()) == {}
     assert model.steps == []
 
 
@@ -60,29 +62,33 @@ def test_useful_length_stops_before_the_longest_text():
     assert max_useful_draft_tokens(15, position=99, remaining_tokens=50, max_model_len=100) == 0
 
 
-def test_adaptive_length_shrinks_on_rejection_and_recovers():
-    length = AdaptiveLength(15)
-    assert length.length == 15
-    seen = []
-    for _ in range(4):
-        length.observe(length.length, 0)
-        seen.append(length.length)
-    assert seen == sorted(seen, reverse=True)
-    assert seen[-1] == MIN_ADAPTIVE_LENGTH
-    length.observe(2, 2)
-    assert length.length == 4
-    for _ in range(3):
-        length.observe(length.length, length.length)
-    assert length.length == 15
+class UpTo:
+    """A rule that gives every row a budget of draft steps and keeps no token above `last`."""
+
+    def __init__(self, budgets, last):
+        self.budgets = dict(budgets)
+        self.last = last
+
+    def choose(self, rows):
+        chosen = [row for row in rows if self.budgets[row] > 0]
+        for row in chosen:
+            self.budgets[row] -= 1
+        return chosen
+
+    def proposed(self, rows, logits):
+        return [token <= self.last for token in logits.argmax(dim=-1).tolist()]
 
 
-def test_a_pass_without_drafts_teaches_nothing():
-    length = AdaptiveLength(7)
-    length.observe(0, 0)
-    assert length.length == 7
-
-
-def test_a_whole_draft_never_shortens_the_next_one():
-    length = AdaptiveLength(15)
-    length.observe(3, 3)  # short only because the text was about to end
-    assert length.length == 15
+def test_a_rule_ends_single_rows_and_whole_drafts():
+    model = NextNumber()
+    requests = [
+        DraftRequest(0, 10, 0, 8, frozenset()),
+        DraftRequest(1, 20, 0, 8, frozenset({22})),
+        DraftRequest(3, 30, 0, 8, frozenset()),
+        DraftRequest(4, 5, 0, 8, frozenset()),
+    ]
+    drafts = draft_tokens(requests, model, UpTo({0: 3, 1: 3, 3: 0, 4: 1}, last=12))
+    # Row 0 may take 3 steps, the third token is 13 and not kept; row 1 proposes above `last` at once; row 3 never starts.
+    assert drafts == {0: [11, 12], 1: [], 3: [], 4: [6]}
+    assert [rows for rows, _, _ in model.steps] == [[0, 1, 4], [0], [0]]
+    assert model.steps[1] == ([0], [11], [1])

@@ -50,3 +50,8 @@ def test_acceptance_length_of_a_constant_rate():
     assert acceptance_length(0.0, 16) == 1.0
     assert acceptance_length(1.0, 16) == 16.0
     assert acceptance_length(0.5, 3) == 1.75
+
+
+def test_draft_density_of_copies_in_few_bits():
+    assert draft_density(0.6, 0.5, 0.5, 0.5) == pytest.approx(0.6 * 0.25 + 0.4 * 0.5)
+    assert draft_density(0.6, 1.0, 0.28125) == pytest.approx(0.6 * 0.28125 + 0.4)

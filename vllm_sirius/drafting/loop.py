@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sirius.drafting.policy import LengthRule
+
 DraftForward = Callable[[list[int], torch.Tensor, torch.Tensor], torch.Tensor]
 """Runs one draft step: (rows, token_ids ``int32 [n]``, positions ``int64 [n]``) -> logits ``[n, vocabulary]``.
 
@@ -34,8 +36,8 @@ class DraftRequest:
     end_token_ids: frozenset[int]
 
 
-def draft_tokens(requests: Sequence[DraftRequest], forward: DraftForward) -> dict[int, list[int]]:
-    """Drafts for every request until its limit or its first end token.
+def draft_tokens(requests: Sequence[DraftRequest], forward: DraftForward, rule: LengthRule) -> dict[int, list[int]]:
+    """Drafts for every request until its limit, its first end token or the end of what pays.
 
     Step i feeds the token at ``position + i`` and writes its K/V there, exactly where the next correction pass of the
     target rewrites it. A request that is done leaves the batch of the following steps.
@@ -43,26 +45,39 @@ def draft_tokens(requests: Sequence[DraftRequest], forward: DraftForward) -> dic
     Args:
         requests: The requests to draft for, in ascending order of their rows.
         forward: One draft step.
+        rule: Decides what pays.
 
     Returns:
-        Row -> draft tokens, an empty list where the first token already was an end token.
+        Row -> draft tokens, an empty list where the first token already was an end token or would not pay.
     """
     drafts: dict[int, list[int]] = {request.row: [] for request in requests}
     active = list(requests)
     token_ids = torch.tensor([request.last_token_id for request in active], dtype=torch.int32)
     positions = torch.tensor([request.position for request in active], dtype=torch.int64)
     while active:
+        chosen = set(rule.choose([request.row for request in active]))
+        active, (token_ids, positions) = _keep(active, [r.row in chosen for r in active], (token_ids, positions))
+        if not active:
+            break
         logits = forward([request.row for request in active], token_ids, positions)
         token_ids = logits.argmax(dim=-1).to(torch.int32)
-        positions = positions + 1
-        kept: list[int] = []
-        for index, (request, token_id) in enumerate(zip(active, token_ids.tolist(), strict=True)):
-            if token_id in request.end_token_ids:
-                continue
+        goes_on = [token_id not in r.end_token_ids for r, token_id in zip(active, token_ids.tolist(), strict=True)]
+        active, (token_ids, positions, logits) = _keep(active, goes_on, (token_ids, positions, logits))
+        accepted = rule.proposed([request.row for request in active], logits)
+        active, (token_ids, positions) = _keep(active, accepted, (token_ids, positions))
+        for request, token_id in zip(active, token_ids.tolist(), strict=True):
             drafts[request.row].append(token_id)
-            if len(drafts[request.row]) < request.max_draft_tokens:
-                kept.append(index)
-        if len(kept) < len(active):
-            active = [active[index] for index in kept]
-            token_ids, positions = token_ids[kept], positions[kept]
+        below = [len(drafts[request.row]) < request.max_draft_tokens for request in active]
+        active, (token_ids, positions) = _keep(active, below, (token_ids, positions + 1))
     return drafts
+
+
+def _keep(
+    requests: list[DraftRequest], kept: list[bool], tensors: tuple[torch.Tensor, ...]
+) -> tuple[list[DraftRequest], tuple[torch.Tensor, ...]]:
+    """The requests that stay, and their rows of the tensors."""
+    if all(kept):
+        return requests, tensors
+    mask = torch.tensor(kept)
+    stay = [request for request, keep in zip(requests, kept, strict=True) if keep]
+    return stay, tuple(tensor[mask] for tensor in tensors)

@@ -12,6 +12,7 @@ The mode is a Python flag, so draft forwards must run outside of compiled graphs
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,8 @@ from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
 from vllm_sirius.sparsity.fine import fine_mask
 from vllm_sirius.sparsity.statistics import NeuronStatistics
 
-_OBSERVERS: list[NeuronStatistics] = []
+_OBSERVERS: list[weakref.ref[NeuronStatistics]] = []
+"""By the number that a compiled graph holds. Weak, so that the tables of an engine go with it."""
 
 
 @torch.library.custom_op("vllm_sirius::observe_ffn", mutates_args=("energy",))
@@ -35,7 +37,8 @@ def _observe_ffn(activation: torch.Tensor, energy: torch.Tensor, observer: int, 
 
     `energy` is the table that changes; naming it keeps the compiler from dropping or reordering the call.
     """
-    statistics = _OBSERVERS[observer]
+    statistics = _OBSERVERS[observer]()
+    assert statistics is not None, "the engine of this graph is gone"
     if statistics.observing:
         statistics.observe(layer, activation)
 
@@ -96,7 +99,7 @@ class ReducedFFNs:
         observer = -1
         if self.statistics is not None:
             observer = len(_OBSERVERS)
-            _OBSERVERS.append(self.statistics)
+            _OBSERVERS.append(weakref.ref(self.statistics))
         for layer, ffn in enumerate(self.ffns):
             original = getattr(ffn.module, ffn.activation_name)
             setattr(ffn.module, ffn.activation_name, SwitchedActivation(original, self, ffn, layer, observer))

@@ -10,10 +10,11 @@ from vllm_sirius.integration import native
 from vllm_sirius.integration.hook_engine import install
 from vllm_sirius.integration.installed_hooks import worker_hooks
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
+from vllm_sirius.integration.measure_costs import announce
 
 
 class SiriusCPUWorker(cpu_worker.CPUWorker):
-    """Upstream's CPU worker, except for the class of its model runner."""
+    """Upstream's CPU worker, except for the class of its model runner and what that one measures."""
 
     def init_device(self) -> None:
         """Builds the runner. Upstream names its class by a module global, which is swapped for the call alone."""
@@ -25,6 +26,18 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
             super().init_device()
         finally:
             module.CPUModelRunner = upstream
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As upstream; then measures the costs that adaptive lengths are judged by."""
+        times = super().compile_or_warm_up_model()
+        if self.vllm_config.speculative_config.sirius.adaptive and not self.use_v2_model_runner:
+            announce(self.model_runner.measure_costs(), self.vllm_config.speculative_config.sirius)
+        return times
+
+    def sirius_costs(self) -> dict[str, dict[str, float]]:
+        """Measured costs, for `LLM.collective_rpc`: ``draft_seconds`` by rows and ``target_seconds`` by tokens."""
+        costs: dict[str, dict[str, float]] = self.model_runner.measure_costs().as_dict()
+        return costs
 
     def _runner_of_sirius(self) -> tuple[Any, type]:
         """The module whose global names the runner, and the class to put there."""

@@ -10,6 +10,7 @@ from vllm.forward_context import set_forward_context
 
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.compiled_draft import can_compile, clone_draft
+from vllm_sirius.integration.draft_norms import switch_norms
 
 NUM_TRIAL_TOKENS = 4
 """Tokens of the forward pass that tries the draft out at start-up; a compiler would take 1 for a constant."""
@@ -34,6 +35,8 @@ class DraftModel:
         self._vllm_config = vllm_config
         self.compiled = can_compile(model, ffns, vllm_config)
         self._model = clone_draft(model, ffns, vllm_config) if self.compiled else model
+        if not self.compiled:
+            switch_norms(model, ffns)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, attn_metadata: Any, **context: Any

@@ -26,6 +26,16 @@ def _probabilistic(config: Any) -> bool:
     return knobs is not None and knobs.draft_sampling == "probabilistic"
 
 
+def _copied_weights(config: Any) -> str | None:
+    """The option that asks for weights in few bits."""
+    knobs = sirius_config(config.speculative_config)
+    if knobs is None or knobs.draft_weights == "shared":
+        return None
+    if knobs.draft_weights == "auto":
+        return "sparsity='none'" if knobs.sparsity == "none" else None
+    return f"draft_weights={knobs.draft_weights!r}"
+
+
 Rule = tuple[Callable[[Any], Any], str]
 """Reads the offending value out of a `VllmConfig` (falsy if there is none), and says reason and remedy with ``{value}``."""
 
@@ -44,6 +54,13 @@ RULES: tuple[Rule, ...] = (
     (
         lambda c: not c.use_v2_model_runner and _probabilistic(c) and "V1",
         "draft_sampling='probabilistic' on Model Runner {value}: only V2 draws drafts; use draft_sampling='greedy'.",
+    ),
+    (
+        lambda c: not current_platform.is_cpu() and _copied_weights(c),
+        (
+            "{value}: copies in few bits have kernels for CPU alone so far; use draft_weights='shared', which costs no memory on "
+            "a GPU, with sparsity='coarse' or 'fine'."
+        ),
     ),
     (
         lambda c: c.model_config.runner_type != "generate" and c.model_config.runner_type,

@@ -21,6 +21,7 @@ from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
+from vllm_sirius.integration.speculative_config import resolve_draft_weights
 from vllm_sirius.integration.target import LoadedTarget, check_activations
 
 
@@ -137,19 +138,20 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     Raises:
         SiriusUnsupportedError: If the model has no gated FFN, or one whose weights cannot be read.
     """
+    automatic = vllm_config.speculative_config.sirius.draft_weights == "auto"
     loader = get_model_loader(vllm_config.load_config)
     create_model = loader.create_model
-    config: SiriusConfig = vllm_config.speculative_config.sirius
-    bits = config.draft_bits
     built: list[tuple[list[GatedFFN], ModelShape, list[_FFNReader], KernelChoice]] = []
     linears: list[_LinearReader] = []
 
     def create_and_check(*args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = create_model(*args, **kwargs)
         ffns = locate_gated_ffns(model)
-        check_activations(config, ffns)
         kernels = _choose_kernels(vllm_config, ffns)
+        config = resolve_draft_weights(vllm_config, "int8" if kernels.native else "shared")
+        check_activations(config, ffns)
         _check_low_bit(config, kernels)
+        bits = config.draft_bits
         shape = measure_shape(model, ffns)
         built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits) for ffn in ffns], kernels))
         if bits is not None and config.draft_weights_scope == "all":
@@ -163,7 +165,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     assert len(norms) == len(ffns), "the loader did not process the weights of every FFN"
     backend = _make_backend(ffns, readers) if kernels.native else None
     further = linears[0].collect(model) if linears else None
-    return LoadedTarget(model, ffns, shape, torch.cat(norms), backend, kernels, linears=further)
+    return LoadedTarget(model, ffns, shape, torch.cat(norms), backend, kernels, linears=further, automatic=automatic)
 
 
 def _make_backend(ffns: list[GatedFFN], readers: list[_FFNReader]) -> Backend:

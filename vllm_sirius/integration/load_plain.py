@@ -21,7 +21,7 @@ from vllm_sirius.ffn.kernels.triton.statistics import observe_ffn
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
 from vllm_sirius.ffn.weights import neuron_norms, store_as_rows
 from vllm_sirius.integration.model_shape import measure_shape
-from vllm_sirius.integration.speculative_config import sirius_config
+from vllm_sirius.integration.speculative_config import resolve_draft_weights
 from vllm_sirius.integration.target import LoadedTarget, check_activations
 
 
@@ -38,8 +38,7 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
     Raises:
         SiriusUnsupportedError: If the model has no gated FFN, or one whose weights cannot be read.
     """
-    config = sirius_config(vllm_config.speculative_config)
-    assert config is not None
+    config = resolve_draft_weights(vllm_config, "shared")
     ffns = locate_gated_ffns(model)
     check_activations(config, ffns)
     if config.draft_bits is not None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.ffn.locate import GatedFFN
-from vllm_sirius.metrics import fine_ffn_density
+from vllm_sirius.metrics import draft_density, fine_ffn_density
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,21 @@ class ModelShape:
     def draft_density(self, config: SiriusConfig) -> float:
         """Part of a dense step's bytes that a draft step has to read."""
         kept = {"coarse": config.density, "fine": fine_ffn_density(config.density), "none": 1.0}[config.sparsity]
-        copied = LOW_BIT_SHARE[config.draft_weights]
-        rest = copied if config.draft_weights_scope == "all" else 1.0
-        return self.ffn_share * kept * copied + (1.0 - self.ffn_share) * rest
+        return draft_density(self.ffn_share, kept, *bytes_per_weight(config))
 
 
 LOW_BIT_SHARE = {"shared": 1.0, "int8": 0.5, "int4": 0.28125}
 """Bytes of a copied weight, scales included, over those of a 16-bit one."""
+
+
+def bytes_per_weight(config: SiriusConfig) -> tuple[float, float]:
+    """Bytes of a weight that a draft reads over those of the target's: of the FFNs, and of all other layers.
+
+    Args:
+        config: The knobs; ``auto`` is taken as on this platform with kernels.
+    """
+    copied = LOW_BIT_SHARE[config.resolved("int8" if current_platform.is_cpu() else "shared").draft_weights]
+    return copied, copied if config.draft_weights_scope == "all" else 1.0
 
 
 def measure_shape(model: nn.Module, ffns: Sequence[GatedFFN]) -> ModelShape:

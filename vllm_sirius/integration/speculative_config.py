@@ -47,6 +47,22 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         return f"SiriusSpeculativeConfig({self.sirius})"
 
 
+def resolve_draft_weights(vllm_config: Any, automatic: str) -> SiriusConfig:
+    """Decides what ``draft_weights: auto`` means, for everything that reads the config from now on.
+
+    Args:
+        vllm_config: The config of a worker of Sirius.
+        automatic: What it means here, ``shared`` or ``int8``.
+
+    Returns:
+        The knobs.
+    """
+    speculative = vllm_config.speculative_config
+    speculative.sirius = speculative.sirius.resolved(automatic)
+    resolved: SiriusConfig = speculative.sirius
+    return resolved
+
+
 def create(
     options: dict[str, Any], target_model_config: ModelConfig, target_parallel_config: ParallelConfig
 ) -> SiriusSpeculativeConfig:

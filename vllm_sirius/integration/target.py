@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class LoadedTarget:
         backend: Kernels bound to the weights, or ``None`` where no native kernel can be used.
         kernels: What computes the reduced FFNs, for the start-up line.
         linears: Further layers that drafts run on copies in few bits.
+        automatic: Whether the plugin chose the draft's weights, so that it may choose again.
         observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
     """
 
@@ -54,6 +55,7 @@ class LoadedTarget:
     kernels: KernelChoice
     observe: ObserveKernel | None = None
     linears: LowBitLinears | None = None
+    automatic: bool = False
 
 
 def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
@@ -131,12 +133,13 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     dtype = vllm_config.model_config.dtype
     kernels = target.kernels
     if ffns.backend is not None and not backend_reproduces_ffns(ffns, dtype, device):
-        if config.draft_bits is not None:
+        if config.draft_bits is not None and not (target.automatic and config.sparsity != "none"):
             raise SiriusUnsupportedError(
                 f"draft_weights={config.draft_weights!r}: the FFNs of this model compute more than gate, up and down, which the "
                 "kernels do not know: use draft_weights='shared'."
             )
         ffns.drop_backend()
+        config = replace(config, draft_weights="shared")
         kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
     draft = DraftModel(target.model, ffns, vllm_config)
     with set_current_vllm_config(vllm_config):

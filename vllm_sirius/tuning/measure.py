@@ -179,7 +179,10 @@ def compare(setting: Setting, winners: Sequence[Prediction], folder: Path, progr
         TuningError: If an engine does not start or stops.
     """
     longest = setting.options.max_kernel_size if setting.adaptive else None
-    arms = [Arm("vLLM alone"), *(Arm(f"best {winner.acceptance}", winner, adaptive_kernel_size=longest) for winner in winners)]
+    arms = [
+        Arm("vLLM alone"),
+        *(Arm(f"best {winner.acceptance}", winner, adaptive_kernel_size=longest) for winner in winners),
+    ]
     progress.begin(steps_of_the_comparison(setting))
     with ExitStack() as stack:
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.drafting.loop import draft_tokens
+from vllm_sirius.drafting.policy import DraftPolicy
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.load_packed import load_target
+from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
@@ -32,6 +36,8 @@ class SiriusCPUModelRunner(CPUModelRunner):
         config = sirius_config(vllm_config.speculative_config)
         assert config is not None
         self.sirius = config
+        self._costs: StepCosts | None = None
+        self._drafted_at = self._draft_seconds = 0.0
         with _AsCustomClass(vllm_config.speculative_config):
             super().__init__(vllm_config, device)
         self.rejection_sampler = SiriusRejectionSampler(
@@ -78,19 +84,36 @@ class SiriusCPUModelRunner(CPUModelRunner):
             Draft tokens per row.
         """
         common_attn_metadata = unused[-2]
+        started = time.perf_counter()
+        req_ids = self.input_batch.req_ids
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         requests = self.drafter.end_step(
-            self.input_batch.req_ids,
+            req_ids,
             sampled_token_ids,
             self.input_batch.num_tokens_no_spec,
             scheduler_output.num_spec_tokens_to_schedule,
+            (started - self._drafted_at, self._draft_seconds),
         )
         if requests:
-            forward = DraftForward(self, common_attn_metadata, self.draft_model)
-            for row, tokens in draft_tokens(requests, forward).items():
+            forward = DraftForward(
+                self,
+                common_attn_metadata,
+                self.draft_model,
+                prepare=lambda: self.drafter.select_neurons(req_ids, requests),
+            )
+            for row, tokens in draft_tokens(requests, forward, self.drafter.begin_drafts(req_ids, requests)).items():
                 drafts[row] = tokens
-        self.drafter.remember_drafts(self.input_batch.req_ids, drafts)
+        self._drafted_at = time.perf_counter()
+        self._draft_seconds = self._drafted_at - started
         return drafts
+
+    def measure_costs(self) -> StepCosts:
+        """What passes cost on this machine: measured at the first call, then followed while the engine runs."""
+        if self._costs is None:
+            self._costs = measure_costs(self.model, self.draft_model, self.vllm_config)
+            if self.sirius.adaptive:
+                self.drafter.policy = DraftPolicy(self._costs)
+        return self._costs
 
 
 class _AsCustomClass:

@@ -8,6 +8,7 @@ import torch
 
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest
+from vllm_sirius.drafting.policy import Draft, DraftPolicy, FullLength, LengthRule
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
 from vllm_sirius.integration.speculative_config import sirius_config
@@ -32,6 +33,7 @@ class SiriusProposer:
         self.statistics: NeuronStatistics | None = None
         self._selector: NeuronSelector | None = None
         self._requests: dict[str, SiriusRequest] = {}
+        self.policy: DraftPolicy | None = None
         self._max_model_len = vllm_config.model_config.max_model_len
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
@@ -70,6 +72,8 @@ class SiriusProposer:
                 self._admit(req_id, state)
             elif req_id in resumed:
                 self._restart(self._requests[req_id], state)
+            judged = scheduler_output.scheduled_spec_decode_tokens.get(req_id, ())
+            self._requests[req_id].num_drafted = len(judged)
         if self.statistics is not None:
             self.statistics.begin_step(self._observed_rows(scheduler_output, states, req_ids))
 
@@ -87,7 +91,12 @@ class SiriusProposer:
         return runs
 
     def end_step(
-        self, req_ids: list[str], sampled_token_ids: list[list[int]], num_tokens: Any, num_spec_tokens: int
+        self,
+        req_ids: list[str],
+        sampled_token_ids: list[list[int]],
+        num_tokens: Any,
+        num_spec_tokens: int,
+        seconds: tuple[float, float],
     ) -> list[DraftRequest]:
         """Takes in what the target accepted, refreshes the neuron set and says what to draft.
 
@@ -96,6 +105,7 @@ class SiriusProposer:
             sampled_token_ids: Tokens emitted per row, empty for prefill chunks.
             num_tokens: Length of each row's text, the new tokens included, ``int [B]``.
             num_spec_tokens: Most tokens to draft in this step.
+            seconds: What the pass and all around it took, and what drafting the tokens that it judged took.
 
         Returns:
             The rows that draft.
@@ -105,26 +115,48 @@ class SiriusProposer:
             # Counts the accepted rows of the correction pass.
             self.statistics.commit(self._slots(req_ids), torch.tensor([len(tokens) for tokens in sampled_token_ids]))
         to_draft = []
+        decoding = True
         for row, (req_id, emitted) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
             request = self._requests[req_id]
+            first = int(num_tokens[row]) - len(emitted) == request.num_known_tokens
+            decoding = decoding and bool(emitted) and not first
             if not emitted:
                 continue
-            self._take_in(request, len(emitted), first=int(num_tokens[row]) - len(emitted) == request.num_known_tokens)
+            self._take_in(request, len(emitted), first)
             draft = self._draft_request(row, request, emitted[-1], int(num_tokens[row]), num_spec_tokens)
             if draft is not None:
                 to_draft.append(draft)
-        if to_draft and self._selector is not None:
-            self._selector.select(self._slots([req_ids[draft.row] for draft in to_draft]))
+        if decoding and self.policy is not None:
+            num_judged = sum(self._requests[req_id].num_drafted for req_id in req_ids)
+            num_emitted = sum(map(len, sampled_token_ids))
+            self.policy.observe_step(len(req_ids), len(req_ids) + num_judged, num_emitted, *seconds)
         return to_draft
 
-    def remember_drafts(self, req_ids: list[str], drafts: list[list[int]]) -> None:
-        """Notes how many tokens each request drafted, for the next verdict."""
-        for req_id, tokens in zip(req_ids, drafts, strict=True):
-            self._requests[req_id].num_drafted = len(tokens)
+    def begin_drafts(self, req_ids: list[str], to_draft: list[DraftRequest]) -> LengthRule:
+        """What decides how far the rows of `end_step` are drafted.
+
+        Args:
+            req_ids: Requests in batch order.
+            to_draft: The rows that draft.
+        """
+        if self.policy is None:
+            return FullLength()
+        drafts = []
+        for draft in to_draft:
+            acceptance = self._requests[req_ids[draft.row]].acceptance
+            assert acceptance is not None
+            drafts.append(Draft(draft.row, acceptance))
+        self.policy.begin(drafts, len(req_ids))
+        return self.policy
+
+    def select_neurons(self, req_ids: list[str], to_draft: list[DraftRequest]) -> None:
+        """Chooses the neurons of the coming drafts. Arguments as in `begin_drafts`."""
+        if self._selector is not None:
+            self._selector.select(self._slots([req_ids[draft.row] for draft in to_draft]))
 
     def _take_in(self, request: SiriusRequest, num_emitted: int, first: bool) -> None:
-        if not first:
-            request.length.observe(request.num_drafted, num_emitted - 1)
+        if not first and request.acceptance is not None:
+            request.acceptance.judged(num_emitted - 1, request.num_drafted)
         if self.statistics is None or request.slot is None:
             return
         if first:
@@ -135,10 +167,9 @@ class SiriusProposer:
     ) -> DraftRequest | None:
         if not request.enabled or last_token_id in request.end_token_ids:
             return None
-        longest = min(num_spec_tokens, request.length.length) if self.config.adaptive else num_spec_tokens
         emitted = num_tokens - request.num_prompt_tokens
         remaining = request.max_tokens - emitted if request.max_tokens is not None else self._max_model_len
-        length = max_useful_draft_tokens(longest, num_tokens - 1, remaining, self._max_model_len)
+        length = max_useful_draft_tokens(num_spec_tokens, num_tokens - 1, remaining, self._max_model_len)
         if length == 0:
             return None
         return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids)
@@ -150,12 +181,16 @@ class SiriusProposer:
 
     def _admit(self, req_id: str, state: Any) -> None:
         slot = self.statistics.acquire(state.num_computed_tokens) if self.statistics is not None else None
-        self._requests[req_id] = make_request(state.sampling_params, self.config, state.num_prompt_tokens, slot)
+        acceptance = self.policy.new_request() if self.policy is not None else None
+        self._requests[req_id] = make_request(
+            state.sampling_params, self.config, state.num_prompt_tokens, slot, acceptance
+        )
 
     def _restart(self, request: SiriusRequest, state: Any) -> None:
         """A preempted request comes back: all its tokens, generated ones too, are prefilled again."""
         request.num_known_tokens = state.num_tokens
-        request.num_drafted = 0
+        if request.acceptance is not None:
+            request.acceptance.begin()
         if self.statistics is not None and request.slot is not None:
             self.statistics.reset(request.slot, state.num_computed_tokens)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.drafting.length import AdaptiveLength
+from vllm_sirius.drafting.confidence import RequestAcceptance
 from vllm_sirius.request_options import parse_request_options
 
 
@@ -20,11 +20,11 @@ class SiriusRequest:
         greedy: Whether it decodes greedily.
         end_token_ids: Tokens the draft never proposes; empty where the request ignores the end of text.
         max_tokens: Most tokens it may emit, or ``None``.
-        length: Its adaptive draft length.
+        acceptance: How its drafts fare, or ``None`` where lengths do not adapt.
         slot: Its row in the neuron statistics, or ``None``.
         num_prompt_tokens: Length of its prompt.
         num_known_tokens: Tokens known when it (re)started: below this position a forward pass is prefill.
-        num_drafted: Draft tokens of the last proposal.
+        num_drafted: Draft tokens that the running pass judges.
     """
 
     enabled: bool
@@ -32,14 +32,20 @@ class SiriusRequest:
     greedy: bool
     end_token_ids: frozenset[int]
     max_tokens: int | None
-    length: AdaptiveLength
+    acceptance: RequestAcceptance | None
     slot: int | None
     num_prompt_tokens: int
     num_known_tokens: int
     num_drafted: int = 0
 
 
-def make_request(sampling_params: Any, config: SiriusConfig, num_prompt_tokens: int, slot: int | None) -> SiriusRequest:
+def make_request(
+    sampling_params: Any,
+    config: SiriusConfig,
+    num_prompt_tokens: int,
+    slot: int | None,
+    acceptance: RequestAcceptance | None,
+) -> SiriusRequest:
     """Reads what matters out of a request's sampling parameters.
 
     Args:
@@ -47,6 +53,7 @@ def make_request(sampling_params: Any, config: SiriusConfig, num_prompt_tokens: 
         config: The engine's knobs.
         num_prompt_tokens: Length of its prompt.
         slot: Its row in the neuron statistics, or ``None``.
+        acceptance: As in `SiriusRequest`.
 
     Returns:
         The state.
@@ -61,7 +68,7 @@ def make_request(sampling_params: Any, config: SiriusConfig, num_prompt_tokens: 
         greedy=sampling_params.temperature == 0.0,
         end_token_ids=frozenset(ends),
         max_tokens=sampling_params.max_tokens,
-        length=AdaptiveLength(config.num_speculative_tokens),
+        acceptance=acceptance,
         slot=slot,
         num_prompt_tokens=num_prompt_tokens,
         num_known_tokens=num_prompt_tokens,

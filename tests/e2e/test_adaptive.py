@@ -1,0 +1,46 @@
+"""Adaptive length in a real engine (runner v1): never wrong, shorter where drafts fail, off where they cannot pay."""
+
+from support.real_models import SMOL, chat_prompts, mixed_prompts, model_path
+from support.runners import only_v1
+
+SAMPLING = {"max_tokens": 40, "ignore_eos": True}
+
+
+def engine(**options):
+    sirius = {"method": "sirius", "acceptance": "lossless", "kernel_size": 16, "density": 0.3, **options}
+    return {"model": model_path(SMOL), "max_model_len": 1024, "max_num_seqs": 4, "speculative_config": sirius}
+
+
+@only_v1
+def test_cheap_drafts_are_cut_where_they_fail(host):
+    prompts = mixed_prompts(SMOL, 8)
+    alone = {key: value for key, value in engine().items() if key != "speculative_config"}
+    reference = host.generate(alone, prompts, SAMPLING).token_ids
+    fixed = host.generate(engine(adaptive=False), prompts, SAMPLING)
+    assert host.probe(engine(), "support.probes:fix_costs", draft=0.2)["draft_seconds"] == {"1": 0.2}
+    adaptive = host.generate(engine(), prompts, SAMPLING)
+    assert adaptive.token_ids == fixed.token_ids == reference
+    wasted, wasted_adaptive = (run.num_draft_tokens - run.num_accepted_tokens for run in (fixed, adaptive))
+    assert wasted_adaptive < 0.5 * wasted
+    # Nearly as many tokens per pass all the same.
+    assert adaptive.acceptance_length > 0.6 * fixed.acceptance_length > 1.0
+
+
+@only_v1
+def test_drafts_that_cost_a_target_step_are_not_made(host):
+    prompts = chat_prompts(SMOL, "gsm8k", 2)
+    alone = {key: value for key, value in engine().items() if key != "speculative_config"}
+    reference = host.generate(alone, prompts, SAMPLING).token_ids
+    host.probe(engine(), "support.probes:fix_costs", draft=1.0)
+    found = host.generate(engine(), prompts, SAMPLING)
+    assert found.token_ids == reference
+    assert found.num_draft_tokens == 0
+
+
+@only_v1
+def test_costs_are_measured_and_can_be_asked_for(host):
+    costs = host.probe(engine(), "support.probes:measured_costs")
+    assert sorted(map(int, costs["target_seconds"])) == [1, 2, 4, 8, 16, 32, 64]
+    assert sorted(map(int, costs["draft_seconds"])) == [1, 2, 4]
+    assert all(0 < seconds < 10 for curve in costs.values() for seconds in curve.values())
+    assert costs["target_seconds"]["64"] > costs["target_seconds"]["1"]

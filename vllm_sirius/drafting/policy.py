@@ -1,0 +1,251 @@
+"""When to stop drafting: after the token whose expected gain no longer pays for its measured cost.
+
+A draft token gains what it adds to the expected length of the text: the probability that it and all tokens before it are
+accepted. It costs its part of a draft step and a longer correction pass. Time is worth what the engine makes of it at this
+batch size, the *rate* in tokens per second, which is at least that of decoding without drafts. So a batch drafts on while,
+for some number of further steps,
+
+    gain of the steps >= rate * (seconds of the steps + seconds they add to the correction pass)
+
+and does not draft at all where nothing pays: Sirius then costs what vLLM costs. Several steps are looked at because the
+first further token may be dear and those after it cheap (a pass of two tokens runs other kernels than a pass of one).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vllm_sirius.drafting.confidence import AcceptanceModel, RequestAcceptance, confidence
+from vllm_sirius.drafting.costs import StepCosts
+
+FIRST_RATE = 0.85
+"""Acceptance rate that is expected before anything is known."""
+
+MEAN_MEMORY = 0.01
+"""Weight of one token in the acceptance rate that a new request is expected to have."""
+
+PROBE_TOKENS = 2
+FIRST_PROBE_STEPS = 128
+LAST_PROBE_STEPS = 1024
+"""Where drafting does not pay, a short draft every so many steps notices when it does again; ever rarer."""
+
+LOOKAHEAD = (1, 2, 4, 8)
+"""Numbers of further draft steps that are weighed."""
+
+RATE_MEMORY = 0.95
+"""What remains of older steps in the rate at each new one."""
+
+
+@dataclass
+class Draft:
+    """A request's draft in the making.
+
+    Attributes:
+        row: Its row in the batch.
+        acceptance: What is known of the request.
+        survival: Probability that all tokens drafted so far are accepted.
+        length: Tokens drafted so far.
+    """
+
+    row: int
+    acceptance: RequestAcceptance
+    survival: float = 1.0
+    length: int = 0
+
+
+class LengthRule(Protocol):
+    """Decides while a batch is drafted which rows go on."""
+
+    def choose(self, rows: Sequence[int]) -> list[int]:
+        """Rows that the next draft step is worth running for; none ends the drafts of the batch.
+
+        Args:
+            rows: Rows that may draft on.
+        """
+
+    def proposed(self, rows: Sequence[int], logits: torch.Tensor) -> list[bool]:
+        """Whether the token that a draft step proposed for each row becomes part of its draft.
+
+        Args:
+            rows: Rows of the step.
+            logits: Its logits, ``[len(rows), vocabulary]``.
+        """
+
+
+class FullLength:
+    """Every row drafts to its limit."""
+
+    def choose(self, rows: Sequence[int]) -> list[int]:
+        """See `LengthRule.choose`."""
+        return list(rows)
+
+    def proposed(self, rows: Sequence[int], logits: torch.Tensor) -> list[bool]:
+        """See `LengthRule.proposed`."""
+        return [True] * len(rows)
+
+
+class DraftPolicy:
+    """The adaptive length of one engine.
+
+    Args:
+        costs: Measured costs.
+    """
+
+    def __init__(self, costs: StepCosts) -> None:
+        self.costs = costs
+        self._model = AcceptanceModel()
+        self._rates: dict[int, _Rate] = {}
+        self._drafts: dict[int, Draft] = {}
+        self._num_rows = 0
+        self._num_drafted = 0
+        self._num_chosen = 0
+        self._step_started = 0.0
+        self._probe = _Probe()
+        self._mean_rate = FIRST_RATE
+
+    def new_request(self) -> RequestAcceptance:
+        """Starts to follow a request, which is first expected to be like those before it."""
+        return RequestAcceptance(self._model, self._mean_rate)
+
+    def begin(self, drafts: Sequence[Draft], num_rows: int) -> None:
+        """Sets up the drafts of a batch.
+
+        Args:
+            drafts: The rows that may draft.
+            num_rows: Rows of the batch; those that may not draft decode one token in the next pass.
+        """
+        self._drafts = {draft.row: draft for draft in drafts}
+        self._num_rows = max(num_rows, 1)
+        self._num_drafted = 0
+        self._probe.begin_step()
+        for draft in drafts:
+            draft.acceptance.begin()
+
+    def choose(self, rows: Sequence[int]) -> list[int]:
+        """See `LengthRule.choose`."""
+        drafts = [self._drafts[row] for row in rows]
+        if self._probe.active:
+            return self._go(drafts) if max(draft.length for draft in drafts) < PROBE_TOKENS else []
+        worth = self._rate().value
+        longer = worth * self._seconds_per_token()
+        paying = [draft for draft in drafts if draft.survival * draft.acceptance.next_rate > longer]
+        if paying and any(self._pays(paying, steps, worth) for steps in LOOKAHEAD):
+            self._probe.rest()
+            return self._go(paying)
+        if self._num_drafted == 0 and self._probe.due():
+            return self._go(drafts)
+        return []
+
+    def _go(self, drafts: Sequence[Draft]) -> list[int]:
+        self._step_started = time.perf_counter()
+        self._num_chosen = len(drafts)
+        return [draft.row for draft in drafts]
+
+    def _pays(self, drafts: Sequence[Draft], steps: int, worth: float) -> bool:
+        gain = sum(_expected(draft, steps) for draft in drafts)
+        seconds = steps * self.costs.draft.seconds(len(drafts)) + self._seconds_longer(steps * len(drafts))
+        return gain >= worth * seconds
+
+    def proposed(self, rows: Sequence[int], logits: torch.Tensor) -> list[bool]:
+        """See `LengthRule.proposed`."""
+        if self._num_drafted > 0:  # the first step also chooses the neurons
+            self.costs.draft.observe(self._num_chosen, time.perf_counter() - self._step_started)
+        kept = []
+        longer = self._rate().value * self._seconds_per_token()
+        for row, draft_confidence in zip(rows, confidence(logits).tolist(), strict=True):
+            draft = self._drafts[row]
+            draft.survival *= draft.acceptance.drafted(draft_confidence)
+            keep = self._probe.active or draft.survival > longer
+            if keep:
+                draft.length += 1
+                self._num_drafted += 1
+            else:
+                draft.acceptance.withdrawn()
+            self._mean_rate += MEAN_MEMORY * (draft.acceptance.next_rate - self._mean_rate)
+            kept.append(keep)
+        return kept
+
+    def observe_step(self, num_rows: int, num_tokens: int, num_emitted: int, target: float, draft: float) -> None:
+        """Takes in what one whole step gave and took.
+
+        Args:
+            num_rows: Requests that decoded in it.
+            num_tokens: Tokens of the target's pass.
+            num_emitted: Tokens it gave.
+            target: Seconds of the pass and of all around it but drafting.
+            draft: Seconds of drafting the tokens that it judged.
+        """
+        self.costs.target.observe(num_tokens, target)
+        self._rate(num_rows).observe(num_emitted, target + draft)
+
+    def _seconds_longer(self, num_more: int) -> float:
+        """Seconds by which more draft tokens lengthen the correction pass."""
+        tokens = self._num_rows + self._num_drafted
+        return max(0.0, self.costs.target.seconds(tokens + num_more) - self.costs.target.seconds(tokens))
+
+    def _seconds_per_token(self) -> float:
+        """What one further token adds to the pass when more of them share a first jump."""
+        return self._seconds_longer(LOOKAHEAD[-1]) / LOOKAHEAD[-1]
+
+    def _rate(self, num_rows: int | None = None) -> _Rate:
+        num_rows = num_rows or self._num_rows
+        if num_rows not in self._rates:
+            self._rates[num_rows] = _Rate()
+        rate = self._rates[num_rows]
+        rate.floor = num_rows / self.costs.target.seconds(num_rows)
+        return rate
+
+
+class _Rate:
+    """Tokens per second of an engine at one batch size."""
+
+    def __init__(self) -> None:
+        self.floor = 0.0
+        self._tokens = self._seconds = 0.0
+
+    @property
+    def value(self) -> float:
+        """The rate, at least `floor`, that of decoding without drafts."""
+        return max(self.floor, self._tokens / self._seconds if self._seconds else 0.0)
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        self._tokens = RATE_MEMORY * self._tokens + num_tokens
+        self._seconds = RATE_MEMORY * self._seconds + seconds
+
+
+class _Probe:
+    """When to draft although it does not pay."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self._idle_steps = 0
+        self._interval = FIRST_PROBE_STEPS
+
+    def begin_step(self) -> None:
+        self.active = False
+
+    def rest(self) -> None:
+        """Drafting pays: the next step without drafts is the first one."""
+        self._idle_steps = 0
+        self._interval = FIRST_PROBE_STEPS
+
+    def due(self) -> bool:
+        """Counts a step without drafts; whether it should draft all the same."""
+        self._idle_steps += 1
+        if self._idle_steps < self._interval:
+            return False
+        self._idle_steps = 0
+        self._interval = min(2 * self._interval, LAST_PROBE_STEPS)
+        self.active = True
+        return True
+
+
+def _expected(draft: Draft, steps: int) -> float:
+    """What further tokens of a draft add to the expected length of the text."""
+    rate = min(draft.acceptance.next_rate, 0.999)
+    return draft.survival * rate * (1.0 - rate**steps) / (1.0 - rate)
