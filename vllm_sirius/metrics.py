@@ -55,9 +55,12 @@ def read_counts(metrics: Iterable[Any]) -> SpeculationCounts:
         The counts since the engine started; zeros where nothing was drafted.
     """
     found: dict[str, Any] = {m.name: getattr(m, "value", getattr(m, "values", None)) for m in metrics}
-    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
     by_position = found.get("vllm:spec_decode_num_accepted_tokens_per_pos", ())
-    return SpeculationCounts(*(int(found.get(f"vllm:spec_decode_{name}", 0)) for name in names), tuple(by_position))
+    drafts, drafted, accepted = (
+        int(found.get(f"vllm:spec_decode_{name}", 0))
+        for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    )
+    return SpeculationCounts(drafts, drafted, accepted, tuple(by_position))
 
 
 def draft_density(ffn_share: float, density: float, ffn_bytes: float = 1.0, other_bytes: float = 1.0) -> float:
