@@ -24,6 +24,9 @@ def test_compiled_and_eager_drafts_are_the_same_v1():
             report = host.probe(engine, "support.probes:compiled_draft_report")
             assert report["compiled"] == (not eager)
             assert report["shared_parameters"] == report["parameters"]
+        # Also at sizes that only adaptive lengths ask for at start-up.
+        costs = host.probe(engine, "support.probes:measured_costs")
+        assert all(seconds > 0 for curve in costs.values() for seconds in curve.values())
         # A draft that was silently dense would be accepted whole.
         assert 0 < found[False].num_accepted_tokens < 0.8 * found[False].num_draft_tokens
         assert found[False] == found[True]
