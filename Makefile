@@ -25,8 +25,9 @@ PYTHON := $(VENV)/bin/python
 IN_ENVIRONMENT := VENV="$(VENV)" examples/setup/run_in_environment.sh
 DOWNLOAD := $(PYTHON) examples/setup/models.py download
 
-# Engines of one test file share a process, so files are what the lanes divide among themselves.
-PYTEST := python -m pytest --numprocesses $(LANES) --dist loadfile
+# Engines of one test file share a process, so files are what the lanes divide among themselves: long ones first, that is in
+# the order of their names, unit tests last.
+PYTEST := python -m pytest --numprocesses $(LANES) --dist loadfile --no-loadscope-reorder
 
 DEMO_MODEL := qwen2.5-coder-0.5b-instruct
 TEST_MODELS := smollm2-135m-instruct qwen2.5-coder-0.5b-instruct gemma-3-270m

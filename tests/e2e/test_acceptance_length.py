@@ -48,9 +48,9 @@ def test_qwen_large_v1(task, options, floor):
 
 @only_v1
 def test_refresh_and_fine_sparsity_lengthen_acceptance(host):
-    paper = acceptance_length(host, QWEN_SMALL, "gsm8k", 3, {"refresh": False}, max_tokens=64)
-    refreshed = acceptance_length(host, QWEN_SMALL, "gsm8k", 3, {}, max_tokens=64)
-    fine = acceptance_length(host, QWEN_SMALL, "gsm8k", 3, {"sparsity": "fine"}, max_tokens=64)
+    paper = acceptance_length(host, QWEN_SMALL, "gsm8k", 2, {"refresh": False}, max_tokens=64)
+    refreshed = acceptance_length(host, QWEN_SMALL, "gsm8k", 2, {}, max_tokens=64)
+    fine = acceptance_length(host, QWEN_SMALL, "gsm8k", 2, {"sparsity": "fine"}, max_tokens=64)
     assert 1.0 < paper < refreshed < fine <= KERNEL
 
 
@@ -65,7 +65,7 @@ PARITY = [
 def test_acceptance_is_as_long_on_v2_as_on_v1(options):
     """Tokens per pass of one request at a time, counted alike on both: vLLM's counters differ between the runners."""
     prompts = chat_prompts(SMOL, "gsm8k", 2) + chat_prompts(SMOL, "humaneval", 1)
-    sampling = {"max_tokens": 64, "ignore_eos": True}
+    sampling = {"max_tokens": 40, "ignore_eos": True}
     sirius = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, "draft_weights": "shared", **options}
     engine = {"model": model_path(SMOL), "max_num_seqs": 1, "speculative_config": sirius}
     lengths = {}

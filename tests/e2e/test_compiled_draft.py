@@ -1,5 +1,6 @@
 """A compiled engine drafts through a compiled clone of the target, which is reduced, shares its memory and has its own key."""
 
+import pytest
 from support.engine_host import EngineHost
 from support.real_models import SMOL, mixed_prompts, model_path
 
@@ -34,6 +35,7 @@ def test_compiled_and_eager_drafts_are_the_same_v1():
         assert report["draft_ffns_run"] >= report["ffns"] * found[False].num_drafts
 
 
+@pytest.mark.slow
 def test_masked_drafts_are_not_compiled_v1():
     with EngineHost({"VLLM_SIRIUS_NATIVE_KERNELS": "0"}) as host:
         engine = {**ENGINE, "enforce_eager": False, "speculative_config": LOSSLESS}

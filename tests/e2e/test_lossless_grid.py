@@ -14,9 +14,10 @@ GRID = [
 
 
 @only_v1
+@pytest.mark.parametrize("num_prompts", [8, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("sparsity", "density", "batch"), GRID)
-def test_smollm2_is_token_identical(host, sparsity, density, batch):
-    check_identical(host, SMOL, batch, {"sparsity": sparsity, "density": density}, num_prompts=24)
+def test_smollm2_is_token_identical(host, sparsity, density, batch, num_prompts):
+    check_identical(host, SMOL, batch, {"sparsity": sparsity, "density": density}, num_prompts)
 
 
 @only_v1

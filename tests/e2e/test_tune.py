@@ -31,6 +31,7 @@ def prompts(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_one_draft(prompts, tmp_path, capfd):
     """The grid is one draft: four engines in all."""
     options = TuningOptions(
@@ -107,7 +108,10 @@ def test_an_interruption_ends_the_engine_and_says_what_is_lost(prompts, tmp_path
     log = tmp_path / "stderr"
     command = [COMMAND, "tune", model_path(SMOL), "--prompts", str(prompts)]
     with log.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, cwd=tmp_path)
+        # A test run in the background may ignore SIGINT, which children inherit.
+        process = subprocess.Popen(
+            command, stderr=stderr, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        )
     try:
         deadline = time.monotonic() + STOP_SECONDS
         while "coarse 0.5: starting" not in log.read_text():

@@ -5,7 +5,6 @@ import os
 import pytest
 from support.engine_host import EngineHost
 from support.real_models import SMOL, mixed_prompts, model_path
-from support.runners import RUNNERS
 
 ENGINE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4}
 OTHER_METHOD = {
@@ -29,7 +28,7 @@ def observe(host):
     }
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_engines_without_sirius_are_untouched(runner):
     found = {}
     for name, environment in (("without", {"VLLM_PLUGINS": ""}), ("with", {})):

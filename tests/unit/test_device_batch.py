@@ -9,6 +9,7 @@ import torch
 from vllm_sirius.drafting.device_batch import MAX_END_TOKENS, NO_REQUEST, DraftBatch, DraftTable
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
+from vllm_sirius.drafting.policy import FullLength
 
 VOCABULARY = 11
 """Small, so that random end tokens are met."""
@@ -132,7 +133,7 @@ def plain_drafts(requests):
         for row, r in enumerate(requests)
         if r.max_draft_tokens > 0
     ]
-    return draft_tokens(rows, toy_forward(fed)), fed
+    return draft_tokens(rows, toy_forward(fed), FullLength()), fed
 
 
 @pytest.mark.parametrize("seed", range(40))
