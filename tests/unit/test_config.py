@@ -141,3 +141,13 @@ def test_bad_request_option_is_refused(extra_args, words):
 def test_request_cannot_make_a_lossless_engine_lossy():
     with pytest.raises(SiriusConfigError, match=r"sirius_threshold=0\.1.*acceptance='lossless'"):
         parse_request_options({"sirius_threshold": 0.1}, SiriusConfig(acceptance="lossless"))
+
+
+def test_automatic_draft_weights_are_decided_once_and_checked_again():
+    automatic = SiriusConfig.from_options({"method": "sirius"})
+    assert automatic.resolved("int8").draft_bits == 8
+    assert automatic.resolved("shared").draft_bits is None
+    given = SiriusConfig.from_options({"draft_weights": "int4"})
+    assert given.resolved("int8") is given
+    with pytest.raises(SiriusConfigError, match="sparsity='none' with draft_weights='shared'"):
+        SiriusConfig.from_options({"sparsity": "none"}).resolved("shared")
