@@ -102,9 +102,10 @@ def test_tokens_that_were_never_judged_teach_nothing():
     assert model.rate(0.97) == before
     request.drafted(0.97)
     request.drafted(0.6)
-    request.withdrawn()
+    other = model.rate(0.6)
     request.judged(1, 1)
     assert model.rate(0.97) > before
+    assert model.rate(0.6) == other
 
 
 def test_a_cheap_sure_draft_goes_to_its_limit():

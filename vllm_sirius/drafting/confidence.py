@@ -94,7 +94,7 @@ class RequestAcceptance:
         self._drafted.clear()
 
     def drafted(self, draft_confidence: float) -> float:
-        """Notes a drafted token.
+        """Notes a proposed token; one that does not become part of the draft is the last, and is never judged.
 
         Args:
             draft_confidence: The draft's confidence in it.
@@ -106,10 +106,6 @@ class RequestAcceptance:
         rate = math.exp(math.log(self._model.rate(draft_confidence)) * self._rejected / self._expected)
         self.next_rate += 0.1 * (rate - self.next_rate)
         return rate
-
-    def withdrawn(self) -> None:
-        """The token noted last does not become part of the draft."""
-        self._drafted.pop()
 
     def judged(self, num_accepted: int, num_judged: int) -> None:
         """Takes in the verdict on the draft.

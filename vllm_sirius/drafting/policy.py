@@ -164,8 +164,6 @@ class DraftPolicy:
             if keep:
                 draft.length += 1
                 self._num_drafted += 1
-            else:
-                draft.acceptance.withdrawn()
             self._mean_rate += MEAN_MEMORY * (draft.acceptance.next_rate - self._mean_rate)
             kept.append(keep)
         return kept
