@@ -47,6 +47,7 @@ def test_qwen_large_v1(task, options, floor):
 
 
 @only_v1
+@pytest.mark.slow
 def test_refresh_and_fine_sparsity_lengthen_acceptance(host):
     paper = acceptance_length(host, QWEN_SMALL, "gsm8k", 2, {"refresh": False}, max_tokens=64)
     refreshed = acceptance_length(host, QWEN_SMALL, "gsm8k", 2, {}, max_tokens=64)

@@ -13,7 +13,7 @@ def engine(**options):
 
 @only_v1
 def test_cheap_drafts_are_cut_where_they_fail(host):
-    prompts = mixed_prompts(SMOL, 8)
+    prompts = mixed_prompts(SMOL, 4)
     alone = {key: value for key, value in engine().items() if key != "speculative_config"}
     reference = host.generate(alone, prompts, SAMPLING).token_ids
     fixed = host.generate(engine(adaptive=False), prompts, SAMPLING)

@@ -27,10 +27,18 @@ V2_GATED = ("llama", "mistral_sliding", "gemma2", "gemma3n", "smollm3_geglu", "m
 V2_REFUSED = ("opt", "mamba2", "mixtral")
 
 
+V2_QUICK = ("llama", "gemma3n", "minicpm_fatrelu", "opt")
+"""Those that `make test` runs."""
+
+
+def on_v2(name):
+    return pytest.param("v2", name, marks=() if name in V2_QUICK else pytest.mark.slow)
+
+
 def on_runners(names, v2_names):
     """Every name on V1, some on V2."""
     return pytest.mark.parametrize(
-        ("host", "name"), [("v1", name) for name in names] + [("v2", name) for name in v2_names], indirect=["host"]
+        ("host", "name"), [("v1", name) for name in names] + [on_v2(name) for name in v2_names], indirect=["host"]
     )
 
 

@@ -144,6 +144,7 @@ def test_async_engine(tmp_path):
     assert "LENGTHS [12, 12, 12]" in run.stdout, run.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_bench_latency():
     sizes = [
         "--input-len",

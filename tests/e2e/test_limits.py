@@ -61,6 +61,7 @@ def test_threshold_changes_the_text_and_lengthens_acceptance(host):
     assert loose.acceptance_length > strict.acceptance_length
 
 
+@v2_is_slow
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_texts_that_end_around_the_longest_one(host, offset):
     """A text may reach `max_model_len` in the middle of a draft; one below, at and one above a whole number of passes."""

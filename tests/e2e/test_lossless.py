@@ -11,14 +11,9 @@ def test_smollm2_is_token_identical_in_batches_of_four(host, sparsity):
     check_identical(host, SMOL, 4, {"sparsity": sparsity}, num_prompts=6)
 
 
-@pytest.mark.parametrize("kernel_size", [2, 16])
-def test_any_kernel_size_is_token_identical(host, kernel_size):
-    check_identical(host, SMOL, 8, {"kernel_size": kernel_size}, num_prompts=3)
-
-
 @v2_is_slow
-@pytest.mark.parametrize("kernel_size", [3, 40])
-def test_any_other_kernel_size_is_token_identical(host, kernel_size):
+@pytest.mark.parametrize("kernel_size", [2, 3, 16, 40])
+def test_any_kernel_size_is_token_identical(host, kernel_size):
     check_identical(host, SMOL, 8, {"kernel_size": kernel_size}, num_prompts=3)
 
 
@@ -28,6 +23,7 @@ def test_compiled_target_is_token_identical(host):
     check_identical(host, SMOL, 8, {}, num_prompts=8, enforce_eager=False)
 
 
+@v2_is_slow
 def test_chunked_prefill_is_token_identical(host):
     check_identical(host, SMOL, 4, {}, num_prompts=4, max_num_batched_tokens=48)
 

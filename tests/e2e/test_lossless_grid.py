@@ -28,5 +28,6 @@ def test_qwen_is_token_identical(host, sparsity, density, batch):
 
 
 @only_v1
+@pytest.mark.slow
 def test_qwen_is_token_identical_in_short(host):
     check_identical(host, QWEN_SMALL, 8, {}, num_prompts=8)

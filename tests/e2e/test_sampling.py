@@ -9,7 +9,7 @@ import json
 
 import pytest
 from support.real_models import SMOL, chat_prompt, chat_prompts, model_path
-from support.runners import only_v1
+from support.runners import only_v1, v2_is_slow
 from support.tiny_models import build
 
 SIRIUS = {"method": "sirius", "kernel_size": 8, "adaptive": False}
@@ -118,36 +118,43 @@ def check_same(kind, plain, lossless):
         assert (other.finish_reason, other.stop_reason) == (one.finish_reason, one.stop_reason)
 
 
+@v2_is_slow
 def test_end_of_text(plain, lossless):
     check_same("end of text", plain, lossless)
     assert all(c.finish_reason == "stop" for c in plain["end of text"])
 
 
+@v2_is_slow
 def test_stop_strings(plain, lossless):
     check_same("stop strings", plain, lossless)
     assert all(c.finish_reason == "stop" for c in plain["stop strings"])
 
 
+@v2_is_slow
 def test_stop_token_ids(plain, lossless, greedy):
     check_same("stop token", plain, lossless)
     assert plain["stop token"][0].stop_reason == greedy[0][9]
 
 
+@v2_is_slow
 def test_min_tokens(plain, lossless):
     check_same("min tokens", plain, lossless)
     assert len(plain["min tokens"][0].token_ids) >= 20
 
 
+@v2_is_slow
 def test_penalties(plain, lossless, greedy):
     check_same("penalties", plain, lossless)
     assert all(c.token_ids != greedy[i] for i, c in enumerate(plain["penalties"]))
 
 
+@v2_is_slow
 def test_bad_words(plain, lossless):
     check_same("bad words", plain, lossless)
     assert all(" the " not in c.text for c in plain["bad words"])
 
 
+@v2_is_slow
 def test_logprobs(plain, lossless):
     check_same("logprobs", plain, lossless)
     for one, other in zip(plain["logprobs"], lossless["logprobs"], strict=True):
@@ -155,6 +162,7 @@ def test_logprobs(plain, lossless):
         assert other.logprobs == pytest.approx(one.logprobs, abs=2e-3)
 
 
+@v2_is_slow
 def test_grammar(plain, lossless):
     check_same("grammar", plain, lossless)
     assert set(json.loads(lossless["grammar"][0].text)) == {"name", "age"}
