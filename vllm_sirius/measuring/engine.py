@@ -119,7 +119,11 @@ class Engine:
 
     def start_up_line(self) -> str:
         """What Sirius said when the engine started; empty without Sirius."""
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if "Sirius: " in line]
+        lines = [
+            line
+            for line in self._log.read_text(errors="replace").splitlines()
+            if "Sirius: " in line and "gated FFNs" in line
+        ]
         return lines[-1].partition("Sirius: ")[2].strip() if lines else ""
 
     def close(self) -> None:
