@@ -249,6 +249,23 @@ def up_kernel(
         tl.store(hidden + token * max_kept + position[None, :], values, mask=mask)
 
 
+@jit
+def _down_tile(
+    down_rows: tl.tensor,
+    indices: tl.tensor,
+    position: tl.tensor,
+    row_mask: tl.tensor,
+    column: tl.tensor,
+    inside: tl.tensor,
+    hidden_size: tl.tensor,
+) -> tl.tensor:
+    """Columns of the down rows of some kept neurons; they are read once."""
+    neuron = tl.load(indices + position, mask=row_mask, other=0).to(tl.int64)
+    offset = neuron[:, None] * hidden_size + column[None, :]
+    mask = row_mask[:, None] & inside[None, :]
+    return tl.load(down_rows + offset, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
 @jit(do_not_specialize=["num_tokens"])
 def down_kernel(
     hidden: tl.tensor,
@@ -289,11 +306,7 @@ def down_kernel(
         for start in tl.range(begin, end, block_rows, num_stages=stages):
             position = start + lane
             row_mask = position < end
-            neuron = tl.load(indices + position, mask=row_mask, other=0).to(tl.int64)
-            offset = neuron[:, None] * hidden_size + column[None, :]
-            tile = tl.load(
-                down_rows + offset, mask=row_mask[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-            )
+            tile = _down_tile(down_rows, indices, position, row_mask, column, inside, hidden_size)
             mask = token_mask[:, None] & row_mask[None, :]
             values = tl.load(hidden + token_start * max_kept + position[None, :], mask=mask, other=0.0)
             total = multiply(values, tile, total)
@@ -302,11 +315,7 @@ def down_kernel(
         for start in tl.range(begin, end, block_rows, num_stages=stages):
             position = start + lane
             row_mask = position < end
-            neuron = tl.load(indices + position, mask=row_mask, other=0).to(tl.int64)
-            offset = neuron[:, None] * hidden_size + column[None, :]
-            tile = tl.load(
-                down_rows + offset, mask=row_mask[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-            )
+            tile = _down_tile(down_rows, indices, position, row_mask, column, inside, hidden_size)
             values = tl.load(hidden + first_token.to(tl.int64) * max_kept + position, mask=row_mask, other=0.0)
             products += tile.to(tl.float32) * values.to(tl.float32)[:, None]
         total = tl.sum(products, axis=0)[None, :]
