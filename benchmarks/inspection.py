@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 from benchmarks.configurations import Configuration
 from benchmarks.errors import BenchmarkError
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.measuring import memory
+from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
 
 EXTRA_MEMORY = re.compile(r"extra memory ([\d.]+) MiB")
 """In the start-up line of Sirius."""
@@ -37,17 +35,10 @@ def doctor(model: str, knobs: str, dtype: str) -> dict[str, Any]:
     Raises:
         BenchmarkError: If Sirius cannot serve the model here.
     """
-    program = "import sys; from vllm_sirius.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "doctor", model, "--json", "--dtype", dtype]
-    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
-    found = subprocess.run(
-        [*command, "--speculative-config", knobs], env=variables, capture_output=True, text=True, check=False
-    )
-    if found.returncode != 0:
-        lines = found.stderr.strip().splitlines() or ["vllm-sirius doctor failed"]
-        raise BenchmarkError(f"--model {model}: {lines[-1]}")
-    answer: dict[str, Any] = json.loads(found.stdout)
-    return answer
+    try:
+        return ask_doctor(model, json.loads(knobs), dtype)
+    except DoctorError as error:
+        raise BenchmarkError(f"--model {model}: {error}") from error
 
 
 def draft_knobs(config: SiriusConfig | None) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from prompts import WARM_UP_QUESTION, Prompt, collect_prompts
 from report import Arm
 
 from vllm_sirius.measuring import memory
+from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
 from vllm_sirius.measuring.engine import Engine, EngineError
 from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.prompts import tokenize
@@ -73,36 +72,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def doctor(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Asks `vllm-sirius doctor` about a model, in a process of its own.
-
-    Args:
-        model: Path or hub name.
-        options: Knobs of Sirius.
-
-    Returns:
-        Its report.
-
-    Raises:
-        DemoError: If Sirius cannot serve the model here.
-    """
-    program = "import sys; from vllm_sirius.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "doctor", model, "--json", "--dtype", "bfloat16"]
-    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
-    found = subprocess.run(
-        [*command, "--speculative-config", json.dumps(options)],
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if found.returncode != 0:
-        lines = found.stderr.strip().splitlines() or ["vllm-sirius doctor failed"]
-        raise DemoError(lines[-1])
-    answer: dict[str, Any] = json.loads(found.stdout)
-    return answer
-
-
 def make_arms(given: argparse.Namespace, inspection: dict[str, Any]) -> list[Arm]:
     """Lists vLLM alone and the chosen arms of Sirius.
 
@@ -142,9 +111,11 @@ def prepare(given: argparse.Namespace) -> Setting:
         raise DemoError(f"the model is missing: run `make model NAME={DEFAULT_MODEL.name}`, or give --model")
     name = Path(given.model).name if Path(given.model).is_dir() else given.model
     say(f"looking at {name} ...")
-    inspection = doctor(
-        given.model, {"kernel_size": given.kernel_size, "density": given.density, "threshold": given.threshold}
-    )
+    knobs = {"kernel_size": given.kernel_size, "density": given.density, "threshold": given.threshold}
+    try:
+        inspection = ask_doctor(given.model, knobs, "bfloat16")
+    except DoctorError as error:
+        raise DemoError(str(error)) from error
     say(
         f"  {inspection['gated_ffns']} gated FFNs of {inspection['neurons']} neurons; "
         f"{inspection['ffn_share']:.0%} of the bytes of a step are FFN"

@@ -15,8 +15,10 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_sirius.ffn.kernels.native import choose_kernels
 from vllm_sirius.ffn.locate import locate_gated_ffns
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
 from vllm_sirius.integration.speculative_config import METHOD
@@ -53,3 +55,36 @@ def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str,
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
+
+
+def describe_engine(engine: dict[str, Any]) -> dict[str, Any]:
+    """What is known of an engine before it starts.
+
+    Args:
+        engine: Arguments of `EngineArgs`, the model among them.
+
+    Returns:
+        JSON values: ``platform``; ``dtype``; ``no_low_bit``, why copies in few bits cannot be drafted with, or empty;
+        ``max_model_len``; ``kv_bytes_per_token``; ``step_bytes``; ``ffn_share``.
+
+    Raises:
+        SiriusUnsupportedError: If the model or the set-up cannot be served.
+    """
+    further = {key: value for key, value in engine.items() if key != "model"}
+    shape = inspect_model(engine["model"], {}, further)
+    config = EngineArgs(**engine, enforce_eager=True).create_engine_config()
+    model, parallel = config.model_config, config.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    no_low_bit = "they exist on CPU only"
+    if current_platform.is_cpu():
+        kernels = choose_kernels(model.dtype, torch.device("cpu"))
+        no_low_bit = "" if kernels.native else kernels.reason
+    return {
+        "platform": current_platform.device_name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "no_low_bit": no_low_bit,
+        "max_model_len": model.max_model_len,
+        "kv_bytes_per_token": 2 * heads * model.get_head_size() * model.dtype.itemsize,
+        "step_bytes": shape.step_bytes,
+        "ffn_share": shape.ffn_share,
+    }

@@ -144,14 +144,15 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     draft = DraftModel(target.model, ffns, vllm_config)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
-    _announce(config, target.shape, ffns.num_bytes, kernels, difference)
+    adaptive = config.adaptive and not vllm_config.use_v2_model_runner
+    _announce(config, adaptive, target.shape, ffns.num_bytes, kernels, difference)
     return draft
 
 
 def _announce(
-    config: SiriusConfig, shape: ModelShape, num_bytes: int, kernels: KernelChoice, difference: float
+    config: SiriusConfig, adaptive: bool, shape: ModelShape, num_bytes: int, kernels: KernelChoice, difference: float
 ) -> None:
-    """Says at start-up what will run and what it costs, in one line."""
+    """Says at start-up what will run and what it costs, in one line; `adaptive` if draft lengths really adapt."""
     rule = "lossless" if config.lossless else f"threshold {config.threshold:g} (lossy)"
     refreshed = ", refreshed" if config.sparsity == "coarse" and config.refresh else ""
     what = "all neurons" if config.sparsity == "none" else f"{config.sparsity} density {config.density:g}{refreshed}"
@@ -166,7 +167,7 @@ def _announce(
         shape.num_neurons,
         what,
         config.kernel_size,
-        ", adaptive" if config.adaptive else "",
+        ", adaptive" if adaptive else "",
         rule,
         num_bytes / 2**20,
         100 * shape.ffn_share,

@@ -44,7 +44,7 @@ def engines_bytes(model: str, inspection: dict[str, Any], kv_cache_bytes: int, n
         model: Path or hub name.
         inspection: What `vllm-sirius doctor` says about it.
         kv_cache_bytes: KV cache of one engine.
-        num_sirius: Engines of Sirius, each of which holds its FFN weights twice (neuron rows).
+        num_sirius: Engines of Sirius; their copies of weights are taken to be as large as the FFNs (neuron rows).
 
     Returns:
         An estimate.

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def tokenize(model: str, texts: Sequence[str]) -> list[list[int]]:
+def tokenize(model: str, texts: Sequence[str], trust_remote_code: bool = False) -> list[list[int]]:
     """Token ids of user messages in a model's chat template, or of the plain text where the model has none.
 
     Args:
         model: Path or hub name.
         texts: The messages.
+        trust_remote_code: Whether a tokenizer may bring code of its own.
 
     Returns:
         Token ids of each message.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if not tokenizer.chat_template:
         return [tokenizer(text)["input_ids"] for text in texts]
     chats = [

@@ -67,38 +67,12 @@ def inspect(options: TuningOptions) -> Inspection:
     return Inspection(**answer)
 
 
-def _look(engine: dict[str, Any]) -> dict[str, Any]:
-    import torch
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-
-    from vllm_sirius.ffn.kernels.native import choose_kernels
-    from vllm_sirius.integration.doctor import inspect_model
-
-    further = {key: value for key, value in engine.items() if key != "model"}
-    shape = inspect_model(engine["model"], {}, further)
-    config = EngineArgs(**engine, enforce_eager=True).create_engine_config()
-    model, parallel = config.model_config, config.parallel_config
-    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    no_low_bit = "they exist on CPU only"
-    if current_platform.is_cpu():
-        kernels = choose_kernels(model.dtype, torch.device("cpu"))
-        no_low_bit = "" if kernels.native else kernels.reason
-    return {
-        "platform": current_platform.device_name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "no_low_bit": no_low_bit,
-        "max_model_len": model.max_model_len,
-        "kv_bytes_per_token": 2 * heads * model.get_head_size() * model.dtype.itemsize,
-        "step_bytes": shape.step_bytes,
-        "ffn_share": shape.ffn_share,
-    }
-
-
 def _answer() -> None:
     """Prints one line of JSON after whatever else was printed."""
+    from vllm_sirius.integration.doctor import describe_engine
+
     try:
-        answer = _look(json.loads(sys.argv[1]))
+        answer = describe_engine(json.loads(sys.argv[1]))
     except SiriusError as error:
         answer = {"refused": str(error)}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

@@ -86,7 +86,7 @@ def make_setting(options: TuningOptions, inspection: Inspection, prompts: Prompt
             f"--batch={options.batch} needs as many prompts and --prompts={options.prompts} has {len(prompts.texts)}: add "
             "prompts or use a smaller batch."
         )
-    batches = whole_batches(tokenize(options.model, prompts.texts), options.batch)
+    batches = whole_batches(tokenize(options.model, prompts.texts, options.trust_remote_code), options.batch)
     longest = max(len(prompt) for batch in batches for prompt in batch) + options.max_tokens
     max_model_len = choose_max_model_len(longest, options.max_model_len, inspection.max_model_len)
     kv_cache = int(options.batch * max_model_len * inspection.kv_bytes_per_token * KV_CACHE_SLACK)

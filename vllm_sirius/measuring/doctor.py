@@ -1,0 +1,46 @@
+"""Asks `vllm-sirius doctor` about a model, in a process of its own, which keeps vLLM's imports out of the asking one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+PROGRAM = "import sys; from vllm_sirius.cli import main; sys.exit(main())"
+
+
+class DoctorError(Exception):
+    """The model cannot be served; the text is the reason."""
+
+
+def ask_doctor(model: str, knobs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Asks about a model.
+
+    Args:
+        model: Path or hub name.
+        knobs: Knobs of Sirius.
+        dtype: Type of the weights, as for ``--dtype``.
+
+    Returns:
+        What ``vllm-sirius doctor --json`` says.
+
+    Raises:
+        DoctorError: If Sirius cannot serve the model here.
+    """
+    command = [sys.executable, "-c", PROGRAM, "doctor", model, "--json", "--dtype", dtype]
+    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
+    found = subprocess.run(
+        [*command, "--speculative-config", json.dumps(knobs)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found.returncode != 0:
+        lines = found.stderr.strip().splitlines() or ["vllm-sirius doctor failed"]
+        raise DoctorError(lines[-1])
+    report: dict[str, Any] = json.loads(found.stdout)
+    return report
