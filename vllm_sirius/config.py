@@ -19,6 +19,7 @@ ACCEPTANCES = ("threshold", "lossless")
 DRAFT_WEIGHTS = ("auto", "shared", "int8", "int4")
 DRAFT_WEIGHTS_SCOPES = ("ffn", "all")
 DRAFT_SAMPLINGS = ("greedy", "probabilistic")
+TARGET_KERNELS = ("auto", "vllm", "sirius")
 
 MIN_KERNEL_SIZE = 2
 MAX_KERNEL_SIZE = 128
@@ -45,6 +46,9 @@ class SiriusConfig:
             copies, made at load without calibration data, which the target never reads. ``auto`` shares where the target's
             rows can be read (GPU), and otherwise (CPU, where the draft needs rows of its own) copies them as int8.
         draft_weights_scope: What is copied in few bits: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
+        target_kernels: What runs the target's own dense linear layers on CPU: ``vllm`` its kernels, ``sirius`` a kernel for
+            the few tokens of a correction pass, on the same bf16 weights in another order; ``auto`` takes the faster one,
+            measured at start-up. On a GPU vLLM's run always.
         acceptance: ``threshold`` is the paper's likelihood rule and changes the output distribution; ``lossless`` is
             rejection sampling, whose output is distributed as the target's.
         draft_sampling: How the draft picks its tokens for requests with a temperature. ``greedy`` takes its likeliest;
@@ -65,6 +69,7 @@ class SiriusConfig:
     refresh: bool = True
     draft_weights: str = "auto"
     draft_weights_scope: str = "all"
+    target_kernels: str = "auto"
     acceptance: str = "threshold"
     draft_sampling: str = "greedy"
     threshold: float = 0.1
@@ -89,6 +94,7 @@ class SiriusConfig:
         _require_bool("refresh", self.refresh)
         _require_choice("draft_weights", self.draft_weights, DRAFT_WEIGHTS)
         _require_choice("draft_weights_scope", self.draft_weights_scope, DRAFT_WEIGHTS_SCOPES)
+        _require_choice("target_kernels", self.target_kernels, TARGET_KERNELS)
         _require_choice("acceptance", self.acceptance, ACCEPTANCES)
         _require_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLINGS)
         if self.draft_sampling == "probabilistic" and not self.lossless:

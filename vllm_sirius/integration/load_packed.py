@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_loader
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.correction.choice import TargetKernels
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.ffn.backends import Backend, CPURowsBackend, LowBitBackend
 from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
@@ -23,31 +24,47 @@ from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
 from vllm_sirius.integration.speculative_config import resolve_draft_weights
 from vllm_sirius.integration.target import LoadedTarget, check_activations
+from vllm_sirius.integration.target_linears import choose_target_kernels, use_panels
 
 
 class _ReadLinearMethod(UnquantizedLinearMethod):
-    """Upstream's method for a projection of an FFN that lets `reader` see the plain weight once it is loaded.
+    """Upstream's method for a linear layer that lets `readers` see the plain weight once it is loaded.
 
-    vLLM's CPU build then packs the weight and drops the plain one, so this is the last moment.
+    vLLM's CPU build then packs the weight and drops the plain one, so this is the last moment. With `panels`, Sirius packs
+    it for its own kernel instead.
     """
 
-    reader: Callable[[torch.Tensor], None]
+    readers: list[Callable[[torch.Tensor], None]]
+    panels: bool
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         weight: Any = layer.weight
-        self.reader(weight.data)
-        super().process_weights_after_loading(layer)
+        for reader in self.readers:
+            reader(weight.data)
+        # Upstream leaves layers with this mark unpacked, because it reads their weight later.
+        if self.panels and not getattr(layer, "_cpu_skip_gemm_dispatch", False):
+            use_panels(layer)
+        else:
+            super().process_weights_after_loading(layer)
+
+
+def _method_of(layer: nn.Module) -> _ReadLinearMethod | None:
+    """The layer's own method, made to be read; ``None`` where its weights are not plain."""
+    method: Any = getattr(layer, "quant_method", None)
+    if type(method) is UnquantizedLinearMethod:
+        method.__class__ = _ReadLinearMethod
+        method.readers, method.panels = [], False
+    return method if type(method) is _ReadLinearMethod else None
 
 
 def _watch(layer: nn.Module, name: str, reader: Callable[[torch.Tensor], None]) -> None:
-    method: Any = getattr(layer, "quant_method", None)
-    if type(method) is not UnquantizedLinearMethod:
+    method = _method_of(layer)
+    if method is None:
         raise SiriusUnsupportedError(
-            f"{name!r} stores its weights by {type(method).__name__}, whose rows cannot be read yet: serve the unquantised "
+            f"{name!r} stores its weights by {type(getattr(layer, 'quant_method', None)).__name__}, whose rows cannot be read yet: serve the unquantised "
             "checkpoint."
         )
-    method.__class__ = _ReadLinearMethod
-    method.reader = reader
+    method.readers.append(reader)
 
 
 class _FFNReader:
@@ -143,6 +160,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     create_model = loader.create_model
     built: list[tuple[list[GatedFFN], ModelShape, list[_FFNReader], KernelChoice]] = []
     linears: list[_LinearReader] = []
+    target_kernels: list[TargetKernels] = []
 
     def create_and_check(*args: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = create_model(*args, **kwargs)
@@ -153,6 +171,9 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         _check_low_bit(config, kernels)
         bits = config.draft_bits
         shape = measure_shape(model, ffns)
+        target_kernels.append(choose_target_kernels(vllm_config, config, ffns))
+        if target_kernels[0].panels:
+            _want_panels(model)
         built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits) for ffn in ffns], kernels))
         if bits is not None and config.draft_weights_scope == "all":
             linears.append(_LinearReader(model, ffns, bits))
@@ -165,7 +186,33 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     assert len(norms) == len(ffns), "the loader did not process the weights of every FFN"
     backend = _make_backend(ffns, readers) if kernels.native else None
     further = linears[0].collect(model) if linears else None
-    return LoadedTarget(model, ffns, shape, torch.cat(norms), backend, kernels, linears=further, automatic=automatic)
+    if target_kernels[0].panels:
+        _give_head_panels(model)
+    return LoadedTarget(
+        model,
+        ffns,
+        shape,
+        torch.cat(norms),
+        backend,
+        kernels,
+        linears=further,
+        automatic=automatic,
+        target_kernels=target_kernels[0],
+    )
+
+
+def _want_panels(model: nn.Module) -> None:
+    for layer in model.modules():
+        method = _method_of(layer) if isinstance(layer, LinearBase) else None
+        if method is not None and getattr(layer, "weight", torch.empty(0)).dim() == 2:
+            method.panels = True
+
+
+def _give_head_panels(model: Any) -> None:
+    """An lm_head keeps its plain weight, as upstream has it: the embedding may read it too."""
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, VocabParallelEmbedding) and type(head.quant_method) is UnquantizedEmbeddingMethod:
+        use_panels(head, keep_weight=True)
 
 
 def _make_backend(ffns: list[GatedFFN], readers: list[_FFNReader]) -> Backend:

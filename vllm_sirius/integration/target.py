@@ -11,6 +11,7 @@ from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.correction.choice import TargetKernels
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.ffn.backends import Backend
 from vllm_sirius.ffn.kernels.native import KernelChoice
@@ -43,6 +44,7 @@ class LoadedTarget:
         backend: Kernels bound to the weights, or ``None`` where no native kernel can be used.
         kernels: What computes the reduced FFNs, for the start-up line.
         linears: Further layers that drafts run on copies in few bits.
+        target_kernels: What runs the target's own linear layers.
         automatic: Whether the plugin chose the draft's weights, so that it may choose again.
         observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
     """
@@ -56,6 +58,7 @@ class LoadedTarget:
     observe: ObserveKernel | None = None
     linears: LowBitLinears | None = None
     automatic: bool = False
+    target_kernels: TargetKernels = TargetKernels(False, "vLLM's own on this device")
 
 
 def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
@@ -146,6 +149,11 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
     adaptive = config.adaptive and not vllm_config.use_v2_model_runner
     _announce(config, adaptive, target.shape, ffns.num_bytes, kernels, difference)
+    logger.info(
+        "Sirius: the target's linear layers run on %s (%s)",
+        "Sirius's kernel" if target.target_kernels.panels else "vLLM's kernels",
+        target.target_kernels.reason,
+    )
     return draft
 
 

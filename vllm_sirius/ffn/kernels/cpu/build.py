@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno")
-SOURCES = ("gated_ffn.cpp", "low_bit.cpp")
+SOURCES = ("gated_ffn.cpp", "low_bit.cpp", "panels.cpp")
 LIBRARY = "gated_ffn.so"
 BUILD_SECONDS = 300
 
@@ -158,3 +158,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.sirius_low_bit_fine_ffn.restype = None
     library.sirius_low_bit_linear.argtypes = [pointer] * 5 + [size] * 3 + [number] * 3
     library.sirius_low_bit_linear.restype = None
+    library.sirius_has_panels.argtypes = []
+    library.sirius_has_panels.restype = number
+    library.sirius_panel_linear.argtypes = [pointer] * 4 + [size] * 3 + [number]
+    library.sirius_panel_linear.restype = None

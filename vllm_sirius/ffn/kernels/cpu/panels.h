@@ -1,0 +1,126 @@
+// Dense linear layers on the target's own bf16 weights, for the few tokens of a decoding step or a correction pass.
+//
+// Products and sums are fp32. Dot products of bf16 pairs would need fewer instructions, but many processors take several
+// cycles for one, so that beyond a few tokens fp32 is the faster way (see simd.h); widening a weight costs one instruction
+// and is shared by all tokens.
+//
+// Panels hold 16 outputs: [pairs of inputs][16 outputs][2 inputs], so that one vector has a pair of inputs of 16 outputs. An
+// output is summed in the order of its inputs whatever the number of tokens: a token's result does not depend on which
+// tokens it shares a pass with.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "simd.h"
+#include "threads.h"
+
+#if defined(SIRIUS_AVX512)
+
+namespace sirius {
+
+constexpr int kPanel = 16;            // outputs of a panel
+constexpr int kPanelTokens = 16;      // most tokens of a pass: one register each, and some to spare
+constexpr int64_t kPanelLines = 40;   // cache lines between the weights in work and those prefetched
+
+// Panels in work together: enough sums to hide the latency of an addition, as far as there are registers.
+constexpr int panels_together(int tokens) {
+    return tokens == 1 ? 8 : tokens <= 5 ? 4 : tokens <= 8 ? 3 : tokens <= 11 ? 2 : 1;
+}
+
+struct PanelLayer {
+    const BFloat16* inputs;  // [tokens, width]
+    const BFloat16* panels;  // [ceil(num_outputs / 16), pairs, 16, 2]
+    const float* bias;       // [num_outputs] or null
+    BFloat16* output;        // [tokens, num_outputs]
+    float* widened;          // [2 * pairs, tokens]
+    int64_t width;
+    int64_t num_outputs;
+
+    int64_t pairs() const { return (width + 1) / 2; }
+    int64_t num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
+};
+
+// Adds the products of pairs [from, to); `ahead` is the distance of the prefetched weights in elements.
+template <int kTokens, int kPanels>
+inline void add_pairs(__m512 (&sums)[kPanels][kTokens], const BFloat16* weights, const float* inputs, int64_t pairs,
+                      int64_t from, int64_t to, int64_t ahead) {
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
+    for (int64_t pair = from; pair < to; pair++) {
+        const float* first = inputs + 2 * pair * kTokens;
+        const float* second = first + kTokens;
+        __m512i line[kPanels];
+        for (int p = 0; p < kPanels; p++) {
+            const BFloat16* source = weights + (p * pairs + pair) * 2 * kPanel;
+            _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
+            line[p] = _mm512_loadu_si512(source);
+        }
+        for (int p = 0; p < kPanels; p++) {
+            const __m512 weight = _mm512_castsi512_ps(_mm512_slli_epi32(line[p], 16));
+            for (int t = 0; t < kTokens; t++) {
+                sums[p][t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(first[t]), sums[p][t]);
+            }
+        }
+        for (int p = 0; p < kPanels; p++) {
+            const __m512 weight = _mm512_castsi512_ps(_mm512_and_si512(line[p], high));
+            for (int t = 0; t < kTokens; t++) {
+                sums[p][t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(second[t]), sums[p][t]);
+            }
+        }
+    }
+}
+
+template <int kTokens, int kPanels>
+void run_panels(const PanelLayer& layer, int64_t panel) {
+    const int64_t pairs = layer.pairs();
+    const BFloat16* weights = layer.panels + panel * pairs * 2 * kPanel;
+    __m512 sums[kPanels][kTokens];
+    for (auto& row : sums) {
+        for (auto& sum : row) sum = _mm512_setzero_ps();
+    }
+    // The last lines of a panel prefetch the first ones of the panel that is next in the same place.
+    const int64_t cut = std::max<int64_t>(0, pairs - kPanelLines);
+    const int64_t ahead = kPanelLines * 2 * kPanel;
+    add_pairs(sums, weights, layer.widened, pairs, 0, cut, ahead);
+    add_pairs(sums, weights, layer.widened, pairs, cut, pairs, ahead + (kPanels - 1) * pairs * 2 * kPanel);
+    for (int p = 0; p < kPanels; p++) {
+        const int64_t start = (panel + p) * kPanel;
+        const int count = int(std::min<int64_t>(kPanel, layer.num_outputs - start));
+        for (int t = 0; t < kTokens; t++) {
+            float values[kPanel];
+            _mm512_storeu_ps(values, sums[p][t]);
+            BFloat16* output = layer.output + t * layer.num_outputs + start;
+            for (int i = 0; i < count; i++) {
+                output[i] = from_float<BFloat16>(layer.bias == nullptr ? values[i] : values[i] + layer.bias[start + i]);
+            }
+        }
+    }
+}
+
+// One member's part of a pass of kTokens tokens.
+template <int kTokens>
+void run_layer(const PanelLayer& layer, Member member) {
+    const int64_t padded = 2 * layer.pairs();
+    for (int64_t i = member.begin(padded, kPanel); i < member.end(padded, kPanel); i++) {
+        for (int t = 0; t < kTokens; t++) {
+            layer.widened[i * kTokens + t] = i < layer.width ? to_float(layer.inputs[t * layer.width + i]) : 0.0f;
+        }
+    }
+    member.wait();
+    constexpr int kPanels = panels_together(kTokens);
+    int64_t panel = member.begin(layer.num_panels(), 1);
+    const int64_t end = member.end(layer.num_panels(), 1);
+    for (; panel + kPanels <= end; panel += kPanels) run_panels<kTokens, kPanels>(layer, panel);
+    for (; panel < end; panel++) run_panels<kTokens, 1>(layer, panel);
+}
+
+template <int kTokens = kPanelTokens>
+void run_layer(const PanelLayer& layer, int tokens, Member member) {
+    if constexpr (kTokens > 0) {
+        tokens == kTokens ? run_layer<kTokens>(layer, member) : run_layer<kTokens - 1>(layer, tokens, member);
+    }
+}
+
+}  // namespace sirius
+
+#endif

@@ -1,0 +1,91 @@
+"""The target's dense linear layers on Sirius's kernel. Attaches to ``vllm.model_executor.layers.utils.cpu_unquantized_gemm``.
+
+vLLM's CPU build calls each unquantised layer by the attribute ``cpu_linear`` that it sets once the weight is loaded. Here
+another function is set there, on the same weights in another order; no vLLM function is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.correction.choice import Linear, TargetKernels, choose_by_measurement, why_no_panels
+from vllm_sirius.correction.panels import Panels
+from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.ffn.kernels.cpu.panel_linear import panel_linear
+from vllm_sirius.ffn.locate import GatedFFN
+
+
+@torch.library.custom_op("vllm_sirius::panel_linear", mutates_args=())
+def _panel_linear(
+    inputs: torch.Tensor, weights: torch.Tensor, num_outputs: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """One linear layer of the target, opaque to the compiler."""
+    return panel_linear(inputs, weights, num_outputs, bias)
+
+
+@_panel_linear.register_fake
+def _(inputs: torch.Tensor, weights: torch.Tensor, num_outputs: int, bias: torch.Tensor | None) -> torch.Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], num_outputs)
+
+
+def choose_target_kernels(vllm_config: Any, config: SiriusConfig, ffns: list[GatedFFN]) -> TargetKernels:
+    """Decides what runs the target's linear layers.
+
+    Args:
+        vllm_config: The engine's config.
+        config: The knobs.
+        ffns: The target's FFNs, before their weights load.
+
+    Returns:
+        The choice.
+
+    Raises:
+        SiriusUnsupportedError: If ``target_kernels='sirius'`` cannot be had.
+    """
+    if config.target_kernels == "vllm":
+        return TargetKernels(False, "target_kernels='vllm'")
+    reason = why_no_panels(vllm_config.model_config.dtype, vllm_config.device_config.device)
+    if reason and config.target_kernels == "sirius":
+        raise SiriusUnsupportedError(f"target_kernels='sirius' cannot be used here ({reason}): use 'auto' or 'vllm'.")
+    if reason:
+        return TargetKernels(False, reason)
+    if config.target_kernels == "sirius":
+        return TargetKernels(True, "target_kernels='sirius'")
+    layer: Any = max((ffn.gate_up for ffn in ffns), key=lambda layer: layer.weight.numel())
+    return choose_by_measurement(*layer.weight.shape, config.kernel_size, _upstream_linear)
+
+
+def use_panels(layer: Any, keep_weight: bool = False) -> None:
+    """Gives a loaded layer the panel kernel, as upstream's `dispatch_cpu_unquantized_gemm` gives it oneDNN.
+
+    Args:
+        layer: A layer that is called by its ``cpu_linear``, with its plain weight.
+        keep_weight: Whether something else reads the plain weight, as an embedding does; otherwise the panels take its place.
+    """
+    panels = Panels.pack(layer.weight.data)
+    num_outputs = panels.num_outputs
+    if keep_weight:
+        layer.cpu_linear = lambda inputs, _, bias: panel_linear(inputs, panels.weights, num_outputs, bias)
+        return
+    # As a parameter the panels reach compiled code as an input; a tensor in a closure would be a constant of its graph.
+    layer.weight = nn.Parameter(panels.weights, requires_grad=False)
+
+    def linear(inputs: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            compiled: torch.Tensor = torch.ops.vllm_sirius.panel_linear(inputs, weights, num_outputs, bias)
+            return compiled
+        return panel_linear(inputs, weights, num_outputs, bias)
+
+    layer.cpu_linear = linear
+
+
+def _upstream_linear(weight: torch.Tensor) -> Linear:
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return lambda inputs: layer.cpu_linear(inputs, layer.weight, None)
