@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -254,4 +255,31 @@ def compiled_draft_report(llm: Any) -> dict[str, Any]:
         "draft_key": _model_hash_key(clone.model.forward),
         "ffns": len(ffns.ffns),
         "draft_ffns_run": ffns.num_draft_calls,
+    }
+
+
+def target_kernels_report(llm: Any) -> dict[str, Any]:
+    """What runs the target's linear layers, and how often compiled code called Sirius's kernel for a short answer."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    from vllm_sirius.integration import target_linears
+
+    model = model_runner(llm).model
+    linears = [module for module in model.modules() if isinstance(module, LinearBase)]
+    kernel, calls = target_linears.panel_linear, []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(sys._getframe(1).f_code.co_name)
+        return kernel(*args)
+
+    target_linears.panel_linear = counted
+    try:
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}], use_tqdm=False)
+    finally:
+        target_linears.panel_linear = kernel
+    return {
+        "linears": len(linears),
+        "panels": sum(module.weight.dim() == 4 for module in linears),
+        "head": model.lm_head.cpu_linear.__module__ == target_linears.__name__,
+        "compiled_calls": calls.count("_panel_linear"),
     }

@@ -16,6 +16,7 @@ def test_defaults_are_those_of_the_readme():
         refresh=True,
         draft_weights="auto",
         draft_weights_scope="all",
+        target_kernels="auto",
         acceptance="threshold",
         draft_sampling="greedy",
         threshold=0.1,
@@ -72,6 +73,7 @@ REFUSED_OPTIONS = [
     ({"refresh": "yes"}, ["refresh='yes'", "true or false"]),
     ({"refresh": 1}, ["refresh=1", "true or false"]),
     ({"draft_weights": "int2"}, ["draft_weights='int2'", "auto, shared, int8, int4"]),
+    ({"target_kernels": "onednn"}, ["target_kernels='onednn'", "auto, vllm, sirius"]),
     ({"draft_weights_scope": "head"}, ["draft_weights_scope='head'", "ffn, all"]),
     (
         {"draft_weights": "shared", "draft_weights_scope": "all"},

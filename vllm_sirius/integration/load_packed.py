@@ -22,7 +22,7 @@ from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
-from vllm_sirius.integration.speculative_config import resolve_draft_weights
+from vllm_sirius.integration.speculative_config import record_target_kernels, resolve_draft_weights
 from vllm_sirius.integration.target import LoadedTarget, check_activations
 from vllm_sirius.integration.target_linears import choose_target_kernels, use_panels
 
@@ -60,9 +60,9 @@ def _method_of(layer: nn.Module) -> _ReadLinearMethod | None:
 def _watch(layer: nn.Module, name: str, reader: Callable[[torch.Tensor], None]) -> None:
     method = _method_of(layer)
     if method is None:
+        found = type(getattr(layer, "quant_method", None)).__name__
         raise SiriusUnsupportedError(
-            f"{name!r} stores its weights by {type(getattr(layer, 'quant_method', None)).__name__}, whose rows cannot be read yet: serve the unquantised "
-            "checkpoint."
+            f"{name!r} stores its weights by {found}, whose rows cannot be read yet: serve the unquantised checkpoint."
         )
     method.readers.append(reader)
 
@@ -172,6 +172,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         bits = config.draft_bits
         shape = measure_shape(model, ffns)
         target_kernels.append(choose_target_kernels(vllm_config, config, ffns))
+        record_target_kernels(vllm_config, target_kernels[0].panels)
         if target_kernels[0].panels:
             _want_panels(model)
         built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits) for ffn in ffns], kernels))

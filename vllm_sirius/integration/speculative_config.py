@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import SkipValidation
@@ -40,7 +41,7 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
 
     def compute_hash(self) -> str:
         """Key of what changes a compiled graph: coarse sparsity observes activations, fine does not."""
-        return hashlib.sha256(f"{METHOD}-{self.sirius.sparsity}".encode()).hexdigest()
+        return hashlib.sha256(f"{METHOD}-{self.sirius.sparsity}-{self.sirius.target_kernels}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         """The knobs, and nothing of the target's config that upstream prints elsewhere."""
@@ -61,6 +62,17 @@ def resolve_draft_weights(vllm_config: Any, automatic: str) -> SiriusConfig:
     speculative.sirius = speculative.sirius.resolved(automatic)
     resolved: SiriusConfig = speculative.sirius
     return resolved
+
+
+def record_target_kernels(vllm_config: Any, panels: bool) -> None:
+    """Writes down what ``target_kernels`` came to, because compiled code is kept by the config and differs with it.
+
+    Args:
+        vllm_config: The engine's config.
+        panels: Whether Sirius's kernel runs the target's linear layers.
+    """
+    speculative = vllm_config.speculative_config
+    speculative.sirius = replace(speculative.sirius, target_kernels="sirius" if panels else "vllm")
 
 
 def create(

@@ -31,6 +31,8 @@ logger = init_logger("vllm.sirius")
 MAX_PENDING_ROWS = 512
 """Rows of correction passes whose activations wait for acceptance; bounds the memory at large batches."""
 
+UPSTREAM_KERNELS = TargetKernels(False, "Sirius has none for this device")
+
 
 @dataclass(frozen=True)
 class LoadedTarget:
@@ -58,7 +60,7 @@ class LoadedTarget:
     observe: ObserveKernel | None = None
     linears: LowBitLinears | None = None
     automatic: bool = False
-    target_kernels: TargetKernels = TargetKernels(False, "vLLM's own on this device")
+    target_kernels: TargetKernels = UPSTREAM_KERNELS
 
 
 def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:

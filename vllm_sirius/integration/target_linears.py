@@ -56,8 +56,8 @@ def choose_target_kernels(vllm_config: Any, config: SiriusConfig, ffns: list[Gat
         return TargetKernels(False, reason)
     if config.target_kernels == "sirius":
         return TargetKernels(True, "target_kernels='sirius'")
-    layer: Any = max((ffn.gate_up for ffn in ffns), key=lambda layer: layer.weight.numel())
-    return choose_by_measurement(*layer.weight.shape, config.kernel_size, _upstream_linear)
+    largest = max(ffns, key=lambda ffn: ffn.num_neurons)
+    return choose_by_measurement(2 * largest.num_neurons, largest.hidden_size, config.kernel_size, _upstream_linear)
 
 
 def use_panels(layer: Any, keep_weight: bool = False) -> None:
