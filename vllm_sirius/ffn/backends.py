@@ -9,9 +9,11 @@ import torch
 
 from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn
+from vllm_sirius.ffn.kernels.cpu.low_bit_panel_kernels import panels_ffn
 from vllm_sirius.ffn.kernels.triton import kernels as triton_kernels
 from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.ffn.low_bit import LowBitRows
+from vllm_sirius.ffn.low_bit_panels import LowBitPanels
 from vllm_sirius.sparsity.coarse import num_kept_neurons
 
 
@@ -120,6 +122,35 @@ class LowBitBackend:
     def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
         """See `Backend.fine`."""
         return low_bit_fine_ffn(hidden_states, self._rows[layer], num_kept, self._activations[layer])
+
+
+class LowBitPanelsBackend:
+    """The C++ kernels on 4-bit panels, for drafts that keep all neurons.
+
+    Args:
+        ffns: The FFNs, each with an activation that the kernels know.
+        weights: Of each, the panels of gate and up by turns, and the down projection.
+    """
+
+    max_tokens = 32
+    max_error = 0.5
+
+    def __init__(self, ffns: Sequence[GatedFFN], weights: Sequence[tuple[torch.Tensor, LowBitPanels]]) -> None:
+        self._weights = tuple(weights)
+        self._activations = [_known(ffn) for ffn in ffns]
+        self.num_bytes = sum(gate_up.nbytes + down.num_bytes for gate_up, down in self._weights)
+
+    def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `Backend.whole`."""
+        return panels_ffn(hidden_states, *self._weights[layer], self._activations[layer])
+
+    def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Not for these weights, which are not read neuron by neuron."""
+        raise NotImplementedError("4-bit panels hold neurons by sixteens: use rows for coarse sparsity")
+
+    def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """Not for these weights, which are not read neuron by neuron."""
+        raise NotImplementedError("4-bit panels hold neurons by sixteens: use rows for fine sparsity")
 
 
 class TritonBackend:

@@ -10,10 +10,41 @@ import torch
 from torch import nn
 
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_linear
+from vllm_sirius.ffn.kernels.cpu.low_bit_panel_kernels import panels_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
+from vllm_sirius.ffn.low_bit_panels import LowBitPanels
+
+LowBitWeight = LowBitRows | LowBitPanels
+"""The copy of a layer's weight, ``[out, in]``: rows of 8 or panels of 4 bits."""
 
 MAX_TOKENS = 32
 """Largest batch for these kernels; beyond it the model's own dense layers run."""
+
+
+def quantise_linear(weight: torch.Tensor, bits: int) -> LowBitWeight:
+    """Copies the weight of a linear layer in few bits.
+
+    Args:
+        weight: ``[out, in]``, floating point.
+        bits: 8 or 4.
+    """
+    return LowBitPanels.quantise(weight) if bits == 4 else LowBitRows.quantise(weight, bits)
+
+
+def run_linear(inputs: torch.Tensor, weight: LowBitWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Runs a linear layer on its copy.
+
+    Args:
+        inputs: ``[tokens, in]``.
+        weight: The copy.
+        bias: ``[out]`` or ``None``.
+
+    Returns:
+        ``[tokens, out]``.
+    """
+    if isinstance(weight, LowBitPanels):
+        return panels_linear(inputs, weight, bias)
+    return low_bit_linear(inputs, weight, bias)
 
 
 class DraftMode(Protocol):
@@ -31,7 +62,7 @@ class LowBitLinears:
         head: The lm_head and its copy, or ``None``; it is called through its ``quant_method``.
     """
 
-    def __init__(self, layers: Mapping[nn.Module, LowBitRows], head: tuple[nn.Module, LowBitRows] | None) -> None:
+    def __init__(self, layers: Mapping[nn.Module, LowBitWeight], head: tuple[nn.Module, LowBitWeight] | None) -> None:
         self.layers = list(layers)
         self._rows = list(layers.values())
         self._head = head
@@ -65,12 +96,13 @@ class LowBitLinears:
         """
         layer: Any = self.layers[index]
         bias = None if layer.skip_bias_add else layer.bias
-        output = low_bit_linear(inputs.reshape(-1, inputs.shape[-1]), self._rows[index], bias)
+        output = run_linear(inputs.reshape(-1, inputs.shape[-1]), self._rows[index], bias)
         return output.view(*inputs.shape[:-1], output.shape[-1])
 
     def num_outputs(self, index: int) -> int:
         """Width of a layer's output."""
-        return self._rows[index].packed.shape[0]
+        weight = self._rows[index]
+        return weight.num_outputs if isinstance(weight, LowBitPanels) else weight.packed.shape[0]
 
     def _switch_layer(self, layer: nn.Module, index: int, mode: DraftMode) -> None:
         upstream = type(layer)
@@ -97,12 +129,12 @@ def with_bias(layer: Any, output: torch.Tensor) -> Any:
     return (output, layer.bias if layer.skip_bias_add else None) if layer.return_bias else output
 
 
-def _switch_head(head: Any, rows: LowBitRows, mode: DraftMode) -> None:
+def _switch_head(head: Any, weight: LowBitWeight, mode: DraftMode) -> None:
     upstream = type(head.quant_method)
 
     def apply(self: Any, layer: nn.Module, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if mode.drafting and inputs.numel() <= MAX_TOKENS * inputs.shape[-1]:
-            return low_bit_linear(inputs, rows, bias)
+            return run_linear(inputs, weight, bias)
         output: torch.Tensor = upstream.apply(self, layer, inputs, bias)
         return output
 

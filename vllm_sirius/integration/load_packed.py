@@ -15,11 +15,12 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.correction.choice import TargetKernels
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.backends import Backend, CPURowsBackend, LowBitBackend
+from vllm_sirius.ffn.backends import Backend, CPURowsBackend, LowBitBackend, LowBitPanelsBackend
 from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
 from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_linears import LowBitLinears
+from vllm_sirius.ffn.low_bit_linears import LowBitLinears, LowBitWeight, quantise_linear
+from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
 from vllm_sirius.integration.speculative_config import record_target_kernels, resolve_draft_weights
@@ -74,12 +75,15 @@ class _FFNReader:
         ffn: The FFN.
         want_rows: Whether kernels will read rows.
         bits: Bits of a copied weight, or ``None`` for copies of the values as they are.
+        whole: Whether drafts keep all neurons, so that nothing is read neuron by neuron.
     """
 
-    def __init__(self, ffn: GatedFFN, want_rows: bool, bits: int | None) -> None:
+    def __init__(self, ffn: GatedFFN, want_rows: bool, bits: int | None, whole: bool) -> None:
         self.norms: torch.Tensor | None = None
         self.rows: torch.Tensor | LowBitRows | None = None
+        self.panels: dict[str, Any] = {}
         self._ffn = ffn
+        self._whole = whole
         self._want_rows = want_rows
         self._bits = bits
         self._plain: dict[str, torch.Tensor] = {}
@@ -90,6 +94,9 @@ class _FFNReader:
         if part == "down":
             self.norms = neuron_norms(weight)
         if not self._want_rows:
+            return
+        if self._bits == 4 and self._whole:
+            self._round_to_panels(part, weight)
             return
         if self._bits is not None:
             self._round(part, weight, self._bits)
@@ -110,6 +117,13 @@ class _FFNReader:
         for place, half in enumerate(halves if self._ffn.gate_first else halves[::-1]):
             self.rows.fill((slice(None), place), half)
 
+    def _round_to_panels(self, part: str, weight: torch.Tensor) -> None:
+        if part == "down":
+            self.panels[part] = LowBitPanels.quantise(weight)
+            return
+        first, second = (LowBitPanels.quantise(half) for half in weight.split(self._ffn.num_neurons))
+        self.panels[part] = interleave(first, second) if self._ffn.gate_first else interleave(second, first)
+
 
 class _LinearReader:
     """Copies the linear layers outside of the FFNs in few bits.
@@ -122,14 +136,14 @@ class _LinearReader:
 
     def __init__(self, model: nn.Module, ffns: list[GatedFFN], bits: int) -> None:
         self._bits = bits
-        self._rows: dict[nn.Module, LowBitRows] = {}
+        self._rows: dict[nn.Module, LowBitWeight] = {}
         known = {id(layer) for ffn in ffns for layer in (ffn.gate_up, ffn.down)}
         for name, layer in model.named_modules():
             if isinstance(layer, LinearBase) and id(layer) not in known and "layers." in name:
                 _watch(layer, name, functools.partial(self._read, layer))
 
     def _read(self, layer: nn.Module, weight: torch.Tensor) -> None:
-        self._rows[layer] = LowBitRows.quantise(weight, self._bits)
+        self._rows[layer] = quantise_linear(weight, self._bits)
 
     def collect(self, model: Any) -> LowBitLinears:
         """The copies, that of the lm_head included, once the weights are loaded.
@@ -139,7 +153,7 @@ class _LinearReader:
         """
         head = getattr(model, "lm_head", None)
         if isinstance(head, VocabParallelEmbedding) and head.weight.dim() == 2:
-            return LowBitLinears(self._rows, (head, LowBitRows.quantise(head.weight.data, self._bits)))
+            return LowBitLinears(self._rows, (head, quantise_linear(head.weight.data, self._bits)))
         return LowBitLinears(self._rows, None)
 
 
@@ -169,13 +183,13 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         config = resolve_draft_weights(vllm_config, "int8" if kernels.native else "shared")
         check_activations(config, ffns)
         _check_low_bit(config, kernels)
-        bits = config.draft_bits
+        bits, whole = config.draft_bits, config.sparsity == "none"
         shape = measure_shape(model, ffns)
         target_kernels.append(choose_target_kernels(vllm_config, config, ffns))
         record_target_kernels(vllm_config, target_kernels[0].panels)
         if target_kernels[0].panels:
             _want_panels(model)
-        built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits) for ffn in ffns], kernels))
+        built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits, whole) for ffn in ffns], kernels))
         if bits is not None and config.draft_weights_scope == "all":
             linears.append(_LinearReader(model, ffns, bits))
         return model
@@ -217,6 +231,8 @@ def _give_head_panels(model: Any) -> None:
 
 
 def _make_backend(ffns: list[GatedFFN], readers: list[_FFNReader]) -> Backend:
+    if readers[0].panels:
+        return LowBitPanelsBackend(ffns, [(reader.panels["gate_up"], reader.panels["down"]) for reader in readers])
     rounded = [reader.rows for reader in readers if isinstance(reader.rows, LowBitRows)]
     if rounded:
         return LowBitBackend(ffns, rounded)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno")
-SOURCES = ("gated_ffn.cpp", "low_bit.cpp", "panels.cpp")
+SOURCES = ("gated_ffn.cpp", "low_bit.cpp", "low_bit_panels.cpp", "panels.cpp")
 LIBRARY = "gated_ffn.so"
 BUILD_SECONDS = 300
 
@@ -162,3 +162,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.sirius_has_panels.restype = number
     library.sirius_panel_linear.argtypes = [pointer] * 4 + [size] * 3 + [number]
     library.sirius_panel_linear.restype = None
+    library.sirius_low_bit_panel_linear.argtypes = [pointer] * 4 + [size] * 3 + [number] * 2
+    library.sirius_low_bit_panel_linear.restype = None
+    library.sirius_low_bit_panel_ffn.argtypes = [pointer] * 4 + [size] * 3 + [number] * 3
+    library.sirius_low_bit_panel_ffn.restype = None
