@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
@@ -91,13 +91,16 @@ class Configuration:
         return package if package and importlib.util.find_spec(module) is None else ""
 
 
-def choose(names: Sequence[str], own: Sequence[str], draft_model: str | None) -> list[Configuration]:
+def choose(
+    names: Sequence[str], own: Sequence[str], draft_model: str | None, compiled: bool = False
+) -> list[Configuration]:
     """Finds the arms of a run.
 
     Args:
         names: Arms of the catalogue, as ``NAME[@K][+compiled]``.
         own: Arms that the user defines, as ``NAME=JSON``.
         draft_model: Path or hub name for the method ``draft_model``.
+        compiled: Whether every arm compiles the model, whatever its name says.
 
     Returns:
         The arms in the order given, each once, `BASELINE` first.
@@ -115,7 +118,7 @@ def choose(names: Sequence[str], own: Sequence[str], draft_model: str | None) ->
         found.append(configuration)
     for configuration in found:
         _check(configuration)
-    return found
+    return [replace(configuration, compiled=True) for configuration in found] if compiled else found
 
 
 def _named(name: str, draft_model: str | None) -> Configuration:

@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", action="append", default=[], metavar="NAME=JSON", help="an arm of your own: its speculative config"
     )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="compile the model in every arm, vLLM alone included; default: as the arm says",
+    )
     parser.add_argument("--repeats", type=positive, default=5, help="default: %(default)s")
     parser.add_argument("--batch", nargs="+", type=positive, default=[1], metavar="B", help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", help="type of the weights (default: %(default)s)")
@@ -110,7 +115,7 @@ def prepare(given: argparse.Namespace, with_prompts: bool = True) -> Setting:
     Raises:
         BenchmarkError: If anything is missing or contradicts itself.
     """
-    arms = choose(given.arms, given.config, given.draft_model)
+    arms = choose(given.arms, given.config, given.draft_model, given.compiled)
     for option, model in (("--model", given.model), ("--draft-model", given.draft_model)):
         _check_model(option, model)
     name = model_name(given.model)

@@ -83,6 +83,12 @@ def test_arms_of_the_catalogue_and_their_suffixes():
     assert CATALOGUE["ngram"]["num_speculative_tokens"] == 4, "the catalogue itself must not change"
 
 
+def test_all_arms_can_be_compiled_at_once():
+    names = ["int4-lossless", "vllm-compiled"]
+    assert [arm.compiled for arm in choose(names, [], None)] == [False, False, True]
+    assert [arm.compiled for arm in choose(names, [], None, compiled=True)] == [True, True, True]
+
+
 def test_every_arm_of_the_catalogue_is_valid():
     assert len(choose(list(CATALOGUE), [], "a/model")) == len(CATALOGUE)
 
