@@ -1,4 +1,4 @@
-"""Measures the CPU kernels of the draft against vLLM's packed dense layers.
+"""Measures the CPU kernels of draft and target against vLLM's packed dense layers.
 
 Example:
     examples/setup/run_in_environment.sh python benchmarks/kernels/cpu_ffn.py --tokens 1 4 8 16 --threads 1 2
@@ -29,11 +29,15 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from vllm_sirius.correction.panels import Panels
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn, instruction_set
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
+from vllm_sirius.ffn.kernels.cpu.low_bit_panel_kernels import panels_ffn, panels_linear
 from vllm_sirius.ffn.kernels.cpu.memory import empty_rows
+from vllm_sirius.ffn.kernels.cpu.panel_linear import panel_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
+from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
 
 Layers = list[torch.Tensor]
 DENSITIES = (0.5, 0.3)
@@ -81,6 +85,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=1536)
     parser.add_argument("--num-neurons", type=int, default=8960)
     parser.add_argument("--attention-rows", type=int, nargs="+", default=[2048, 1536], help="qkv and output projection")
+    parser.add_argument(
+        "--gate-up", action="store_true", help="the merged gate and up projection as a layer of its own"
+    )
     parser.add_argument("--vocabulary", type=int, default=151936, help="rows of the lm_head; 0 leaves it out")
     parser.add_argument("--layers", type=int, default=6, help="enough that the weights do not fit into the caches")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 16])
@@ -112,12 +119,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
     rows = [draw_rows(arguments.num_neurons, arguments.hidden_size) for _ in range(arguments.layers)]
     dense = Arm("dense bf16", dense_ffn(rows, make_linear), rows[0].nbytes, len(rows))
     low = {bits: [LowBitRows.quantise(layer, bits) for layer in rows] for bits in BITS}
+    sizes = [*arguments.attention_rows, *([2 * arguments.num_neurons] if arguments.gate_up else [])]
     linears = [
         arm
-        for num_rows, num_layers in [
-            *((size, len(rows)) for size in arguments.attention_rows),
-            (arguments.vocabulary, 1),
-        ]
+        for num_rows, num_layers in [*((size, len(rows)) for size in sizes), (arguments.vocabulary, 1)]
         for arm in linear_arms(num_rows, arguments.hidden_size, num_layers, make_linear)
     ]
     bandwidth = 0.0
@@ -219,12 +224,21 @@ def ffn_arms(layers: Layers, low: dict[int, list[LowBitRows]], inputs: torch.Ten
             return low_bit_fine_ffn(inputs, rows[layer], half, silu)
 
         yield Arm(f"int{bits} fine 0.5", low_fine, fine_share * num_bytes, num_layers)
+    panels = [panels_of(rows) for rows in layers]
+    num_bytes = panels[0][0].nbytes + panels[0][1].num_bytes
+    yield Arm("int4 panels", lambda layer, inputs: panels_ffn(inputs, *panels[layer], silu), num_bytes, num_layers)
+
+
+def panels_of(rows: torch.Tensor) -> tuple[torch.Tensor, LowBitPanels]:
+    """4-bit panels of neuron-major weights: gate and up by turns, and down."""
+    gate, up, down = (LowBitPanels.quantise(part) for part in (rows[:, 0], rows[:, 1], rows[:, 2].T))
+    return interleave(gate, up), down
 
 
 def linear_arms(
     num_rows: int, width: int, num_layers: int, make_linear: Callable[[torch.Tensor], Linear]
 ) -> Iterator[Arm]:
-    """A linear layer: dense, 8 and 4 bits."""
+    """A linear layer: dense by both kernels, 8 and 4 bits, 4 bits in panels."""
     if num_rows == 0:
         return
     weights = [(torch.randn(num_rows, width) / width**0.5).bfloat16() for _ in range(num_layers)]
@@ -238,6 +252,18 @@ def linear_arms(
             return low_bit_linear(inputs, low[layer])
 
         yield Arm(f"int{bits} {size}", run, low[0].num_bytes, num_layers)
+    panels = [Panels.pack(weight).weights for weight in weights]
+    yield Arm(
+        f"panels {size}",
+        lambda layer, inputs: panel_linear(inputs, panels[layer], num_rows),
+        weights[0].nbytes,
+        num_layers,
+    )
+    low_panels = [LowBitPanels.quantise(weight) for weight in weights]
+    num_bytes = low_panels[0].num_bytes
+    yield Arm(
+        f"int4 panels {size}", lambda layer, inputs: panels_linear(inputs, low_panels[layer]), num_bytes, num_layers
+    )
 
 
 def united_density(rows: torch.Tensor, inputs: torch.Tensor) -> float:
