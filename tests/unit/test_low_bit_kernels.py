@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from vllm_sirius.ffn.activation import Activation
+from vllm_sirius.ffn.kernels import low_bit_panels_reference
 from vllm_sirius.ffn.kernels import low_bit_reference as reference
-from vllm_sirius.ffn.kernels.cpu import build, low_bit_kernels
+from vllm_sirius.ffn.kernels.cpu import build, low_bit_kernels, low_bit_panel_kernels
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
+from vllm_sirius.ffn.low_bit_panels import LowBitPanels
 
 BITS = (8, 4)
 WIDTHS = (1, 130, 897)
@@ -235,6 +237,12 @@ def test_older_processors(option: str, tmp_path: Path, monkeypatch: pytest.Monke
             for tokens, width, neurons in ((1, 1, 1), (3, 33, 5), (17, 200, 50)):
                 assert_both(bits, tokens, width, neurons, dtype)
                 assert_linear(bits, tokens, width, neurons, dtype)
+    monkeypatch.setattr(low_bit_panel_kernels, "load_library", lambda: library)
+    for tokens, width, outputs in ((1, 1, 1), (3, 300, 17), (17, 200, 50)):
+        inputs, panels = torch.randn(tokens, width), LowBitPanels.quantise(torch.randn(outputs, width))
+        actual = low_bit_panel_kernels.panels_linear(inputs, panels)
+        torch.testing.assert_close(actual, low_bit_panels_reference.linear(inputs, panels), rtol=1e-4, atol=1e-4)
+    assert bool(library.sirius_has_panels()) == (option == "-mno-avx512vnni")
 
 
 def test_wrong_arguments_are_refused() -> None:
