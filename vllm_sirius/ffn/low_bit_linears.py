@@ -17,9 +17,6 @@ from vllm_sirius.ffn.low_bit_panels import LowBitPanels
 LowBitWeight = LowBitRows | LowBitPanels
 """The copy of a layer's weight, ``[out, in]``: rows of 8 or panels of 4 bits."""
 
-MAX_TOKENS = 32
-"""Largest batch for these kernels; beyond it the model's own dense layers run."""
-
 
 def quantise_linear(weight: torch.Tensor, bits: int) -> LowBitWeight:
     """Copies the weight of a linear layer in few bits.
@@ -62,6 +59,9 @@ class LowBitLinears:
         head: The lm_head and its copy, or ``None``; it is called through its ``quant_method``.
     """
 
+    max_tokens = 32
+    """Largest batch for these kernels; beyond it the model's own dense layers run."""
+
     def __init__(self, layers: Mapping[nn.Module, LowBitWeight], head: tuple[nn.Module, LowBitWeight] | None) -> None:
         self.layers = list(layers)
         self._rows = list(layers.values())
@@ -82,7 +82,7 @@ class LowBitLinears:
         for index, layer in enumerate(self.layers):
             self._switch_layer(layer, index, mode)
         if self._head is not None:
-            _switch_head(*self._head, mode)
+            _switch_head(*self._head, mode, self)
 
     def run(self, index: int, inputs: torch.Tensor) -> torch.Tensor:
         """Runs one layer on its copy, bias included unless the layer leaves it to its caller.
@@ -109,7 +109,7 @@ class LowBitLinears:
         owner = self
 
         def forward(self: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if mode.drafting and inputs.numel() <= MAX_TOKENS * inputs.shape[-1]:
+            if mode.drafting and inputs.numel() <= owner.max_tokens * inputs.shape[-1]:
                 return with_bias(self, owner.run(index, inputs))
             return upstream.forward(self, inputs, *args, **kwargs)
 
@@ -129,11 +129,11 @@ def with_bias(layer: Any, output: torch.Tensor) -> Any:
     return (output, layer.bias if layer.skip_bias_add else None) if layer.return_bias else output
 
 
-def _switch_head(head: Any, weight: LowBitWeight, mode: DraftMode) -> None:
+def _switch_head(head: Any, weight: LowBitWeight, mode: DraftMode, owner: LowBitLinears) -> None:
     upstream = type(head.quant_method)
 
     def apply(self: Any, layer: nn.Module, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if mode.drafting and inputs.numel() <= MAX_TOKENS * inputs.shape[-1]:
+        if mode.drafting and inputs.numel() <= owner.max_tokens * inputs.shape[-1]:
             return run_linear(inputs, weight, bias)
         output: torch.Tensor = upstream.apply(self, layer, inputs, bias)
         return output

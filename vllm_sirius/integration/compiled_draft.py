@@ -38,7 +38,13 @@ STATE_OF_A_COMPILED_MODULE = (
 @torch.library.custom_op("vllm_sirius::reduced_ffn", mutates_args=())
 def _reduced_ffn(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
     """One reduced FFN by native kernels, opaque to the compiler."""
-    return _OWNERS[owner].run_native(layer, hidden_states)
+    ffns = _OWNERS[owner]
+    assert ffns.backend is not None
+    if hidden_states.shape[0] > ffns.backend.max_tokens:
+        # The model's own FFN, which knows that a draft is running.
+        masked: torch.Tensor = ffns.ffns[layer].module(hidden_states)
+        return masked
+    return ffns.run_native(layer, hidden_states)
 
 
 @_reduced_ffn.register_fake
@@ -51,6 +57,10 @@ def _low_bit_linear(inputs: torch.Tensor, owner: int, index: int, num_outputs: i
     """One linear layer on its copy in few bits, opaque to the compiler."""
     linears = _OWNERS[owner].linears
     assert linears is not None
+    if inputs.numel() > linears.max_tokens * inputs.shape[-1]:
+        output: Any = linears.layers[index](inputs)
+        dense: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return dense
     return linears.run(index, inputs)
 
 

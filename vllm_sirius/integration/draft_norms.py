@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_sirius.ffn.low_bit_linears import MAX_TOKENS, DraftMode
+from vllm_sirius.ffn.low_bit_linears import DraftMode
+
+MAX_TOKENS = 32
+"""Rows of a draft step for which native kernels are the faster way."""
 
 VECTOR = 32
 """The native kernels want whole vectors, of 16 or 32 elements."""

@@ -14,6 +14,7 @@ from vllm_sirius.config import SiriusConfig
 from vllm_sirius.correction.choice import TargetKernels
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.ffn.backends import Backend
+from vllm_sirius.ffn.kernel_switch import measure_switch
 from vllm_sirius.ffn.kernels.native import KernelChoice
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.locate import GatedFFN
@@ -146,6 +147,8 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
         ffns.drop_backend()
         config = replace(config, draft_weights="shared")
         kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
+    if ffns.backend is not None and device.type == "cpu":
+        measure_switch(ffns, vllm_config.scheduler_config.max_num_seqs, dtype)
     draft = DraftModel(target.model, ffns, vllm_config)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
