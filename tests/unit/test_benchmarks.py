@@ -93,6 +93,14 @@ def test_every_arm_of_the_catalogue_is_valid():
     assert len(choose(list(CATALOGUE), [], "a/model")) == len(CATALOGUE)
 
 
+def test_the_best_settings_are_valid_and_of_their_rule():
+    best = json.loads((Path(setting.__file__).parent / "best.json").read_text())
+    assert "qwen2.5-coder-1.5b-instruct" in best
+    for rules in best.values():
+        for rule, options in rules.items():
+            assert SiriusConfig.from_options(options).acceptance == rule
+
+
 def test_an_arm_of_the_users_own():
     own = 'mine+compiled={"method": "sirius", "density": 0.3}'
     found = choose([], [own], None)[-1]
