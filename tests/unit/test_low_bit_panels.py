@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,28 +16,14 @@ from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
 
 HAS_COMPILER = bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("fresh_input", "one_or_two_threads"),
+]
 
 SHAPES = [(1, 1), (17, 33), (40, 300), (300, 256), (33, 641)]
 NUM_TOKENS = (1, 2, 3, 4, 5, 8, 9, 17, 33)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    """Fresh random input in every run; pytest shows the seed of a failing test."""
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(random.choice((1, 2)))
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(num_outputs: int, width: int) -> LowBitPanels:

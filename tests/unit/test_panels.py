@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,25 +15,10 @@ from vllm_sirius.correction.panels import Panels, panel_linear_reference
 from vllm_sirius.ffn.kernels.cpu.panel_linear import has_panels, panel_linear
 
 HAS_COMPILER = bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+pytestmark = pytest.mark.usefixtures("fresh_input", "one_or_two_threads")
 needs_kernel = pytest.mark.skipif(not HAS_COMPILER or not has_panels(), reason="needs a C++ compiler and AVX-512")
 
 SHAPES = [(1, 1), (16, 2), (17, 33), (100, 7), (129, 130), (300, 257)]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    """Fresh random input in every run; pytest shows the seed of a failing test."""
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(num_outputs: int, width: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -41,6 +41,10 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
     config = resolve_draft_weights(vllm_config, "shared")
     ffns = locate_gated_ffns(model)
     check_activations(config, ffns)
+    if config.target_kernels == "sirius":
+        raise SiriusUnsupportedError(
+            "target_kernels='sirius' is for CPU: use 'auto' or 'vllm', which are the same here."
+        )
     if config.draft_bits is not None:
         raise SiriusUnsupportedError(
             f"draft_weights={config.draft_weights!r} is for CPU so far: use draft_weights='shared', which costs no memory here."
