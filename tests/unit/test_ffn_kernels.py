@@ -243,7 +243,8 @@ def test_wrong_arguments_are_refused() -> None:
     ("option", "names"),
     [
         ("-DSIRIUS_PREFER_BF16", ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar")),
-        ("-mno-avx512vnni", ("avx512", "avx2", "scalar")),
+        ("-mno-avx512bf16", ("avx512_vnni", "avx512", "avx2", "scalar")),
+        ("-mno-avx512bf16 -mno-avx512vnni", ("avx512", "avx2", "scalar")),
         ("-mno-avx512f", ("avx2", "scalar")),
         ("-mno-avx2", ("scalar",)),
     ],

@@ -242,7 +242,7 @@ def test_older_processors(option: str, tmp_path: Path, monkeypatch: pytest.Monke
         inputs, panels = torch.randn(tokens, width), LowBitPanels.quantise(torch.randn(outputs, width))
         actual = low_bit_panel_kernels.panels_linear(inputs, panels)
         torch.testing.assert_close(actual, low_bit_panels_reference.linear(inputs, panels), rtol=1e-4, atol=1e-4)
-    assert bool(library.sirius_has_panels()) == (option == "-mno-avx512vnni")
+    assert bool(library.sirius_panel_products()) == (option == "-mno-avx512vnni")
 
 
 def test_wrong_arguments_are_refused() -> None:

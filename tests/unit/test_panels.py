@@ -12,7 +12,8 @@ import torch
 
 from vllm_sirius.correction import choice
 from vllm_sirius.correction.panels import Panels, panel_linear_reference
-from vllm_sirius.ffn.kernels.cpu.panel_linear import has_panels, panel_linear
+from vllm_sirius.ffn.kernels.cpu import panel_linear as kernel
+from vllm_sirius.ffn.kernels.cpu.panel_linear import Products, available_products, has_panels, panel_linear
 
 HAS_COMPILER = bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 pytestmark = pytest.mark.usefixtures("fresh_input", "one_or_two_threads")
@@ -50,30 +51,39 @@ def test_other_weights_are_refused(weight):
         Panels.pack(weight)
 
 
+@pytest.fixture(params=list(Products))
+def products(request) -> Products:
+    """Each way to multiply, as far as this processor has it."""
+    if request.param not in available_products():
+        pytest.skip(f"this processor cannot multiply by {request.param.name.lower()}")
+    return request.param
+
+
 @needs_kernel
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("num_outputs", "width"), SHAPES)
-def test_kernel_matches_its_twin(num_outputs, width, with_bias, num_threads):
+def test_kernel_matches_its_twin(num_outputs, width, with_bias, num_threads, products):
     torch.set_num_threads(num_threads)
     for tokens in (*range(1, 18), 33, 50):
         inputs, weight, bias = draw(num_outputs, width, tokens)
         panels, added = Panels.pack(weight), bias if with_bias else None
-        actual = panel_linear(inputs, panels.weights, num_outputs, added)
+        actual = panel_linear(inputs, panels.weights, num_outputs, added, products)
         assert actual.shape == (tokens, num_outputs)
         scale = inputs.float().abs() @ weight.float().abs().T + 1.0
         assert_rounded_alike(actual, panel_linear_reference(inputs, panels, added), scale)
 
 
 @needs_kernel
-def test_a_token_does_not_depend_on_its_company():
+def test_a_token_does_not_depend_on_its_company(products):
     num_outputs, width = 173, 515
     inputs, weight, bias = draw(num_outputs, width, 50)
     panels = Panels.pack(weight)
-    together = panel_linear(inputs, panels.weights, num_outputs, bias)
+    together = panel_linear(inputs, panels.weights, num_outputs, bias, products)
     for tokens in (1, 2, 5, 8, 11, 13, 16, 17, 40):
         torch.set_num_threads(random.choice((1, 2)))
-        assert torch.equal(panel_linear(inputs[:tokens], panels.weights, num_outputs, bias), together[:tokens])
+        alone = panel_linear(inputs[:tokens], panels.weights, num_outputs, bias, products)
+        assert torch.equal(alone, together[:tokens])
 
 
 @needs_kernel
@@ -87,10 +97,10 @@ def test_kernel_takes_leading_dimensions_strides_and_no_tokens():
 
 
 @needs_kernel
-def test_kernel_passes_on_what_is_not_finite():
+def test_kernel_passes_on_what_is_not_finite(products):
     inputs, weight, _ = draw(40, 9, 3)
     inputs[1, 4], inputs[2, 8] = float("inf"), float("nan")
-    output = panel_linear(inputs, Panels.pack(weight).weights, 40)
+    output = panel_linear(inputs, Panels.pack(weight).weights, 40, products=products)
     assert output[0].isfinite().all()
     assert not output[1].isfinite().any()
     assert output[2].isnan().all()
@@ -126,6 +136,23 @@ def test_the_faster_kernel_is_chosen():
     faster = choice.choose_by_measurement(2048, 4096, 40, lambda weight: lambda inputs: inputs)
     assert not faster.panels
     assert "for 16 tokens" in faster.reason
+
+
+@needs_kernel
+@pytest.mark.parametrize(("slow", "chosen"), [(Products.FLOATS, Products.PAIRS), (Products.PAIRS, Products.FLOATS)])
+def test_the_faster_way_to_multiply_is_chosen(monkeypatch, slow, chosen):
+    if Products.PAIRS not in available_products():
+        assert kernel.faster_products.__wrapped__() == Products.FLOATS
+        return
+    run = kernel._call
+
+    def delayed(*arguments):
+        run(*arguments)
+        if arguments[4] == slow:
+            time.sleep(0.002)
+
+    monkeypatch.setattr(kernel, "_call", delayed)
+    assert kernel.faster_products.__wrapped__() == chosen
 
 
 def test_reasons_against_the_kernel(monkeypatch):

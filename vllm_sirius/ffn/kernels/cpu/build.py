@@ -70,7 +70,7 @@ def build_library() -> Path:
         raise KernelBuildError(f"the cache folder for compiled CPU kernels is not writable: {error}") from error
     try:
         sources = [str(Path(__file__).with_name(source)) for source in SOURCES]
-        _run([*compiler, *FLAGS, *sources, "-o", temporary])
+        _run([*compiler, *FLAGS, *_preferences(), *sources, "-o", temporary])
         Path(temporary).replace(library)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -98,9 +98,18 @@ def _fingerprint(compiler: list[str]) -> str:
     folder = Path(__file__).parent
     for source in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
         digest.update(source.name.encode() + source.read_bytes())
-    for part in (*compiler, *FLAGS, _run([*compiler, "--version"]), _processor()):
+    for part in (*compiler, *FLAGS, *_preferences(), _run([*compiler, "--version"]), _processor()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
+
+
+def _preferences() -> list[str]:
+    """What the processor does well and no flag of the compiler says, see ``simd.h``."""
+    try:
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        is_amd = False
+    return ["-DSIRIUS_PREFER_BF16"] if is_amd else []
 
 
 def _processor() -> str:
@@ -158,9 +167,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.sirius_low_bit_fine_ffn.restype = None
     library.sirius_low_bit_linear.argtypes = [pointer] * 5 + [size] * 3 + [number] * 3
     library.sirius_low_bit_linear.restype = None
-    library.sirius_has_panels.argtypes = []
-    library.sirius_has_panels.restype = number
-    library.sirius_panel_linear.argtypes = [pointer] * 4 + [size] * 3 + [number]
+    library.sirius_panel_products.argtypes = []
+    library.sirius_panel_products.restype = number
+    library.sirius_panel_linear.argtypes = [pointer] * 4 + [size] * 3 + [number] * 2
     library.sirius_panel_linear.restype = None
     library.sirius_low_bit_panel_linear.argtypes = [pointer] * 4 + [size] * 3 + [number] * 2
     library.sirius_low_bit_panel_linear.restype = None

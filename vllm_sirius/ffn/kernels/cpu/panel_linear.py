@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from enum import IntEnum
+
 import torch
 
 from vllm_sirius.ffn.kernels.cpu.build import load_library
 from vllm_sirius.ffn.kernels.cpu.kernels import describe
+
+CLEARLY_FASTER = 0.8
+"""Time of pairs over that of floats below which pairs are taken: they differ by a factor of two, one way or the other."""
+TRIALS = 30
+
+
+class Products(IntEnum):
+    """How the kernel multiplies; the values are those of ``panels.h``."""
+
+    FLOATS = 0
+    """fp32 multiply-adds on widened inputs and weights: AVX-512."""
+    PAIRS = 1
+    """Dot products of bf16 pairs: AVX512-BF16."""
+
+
+def available_products() -> list[Products]:
+    """The ways to multiply that this processor has; none without AVX-512.
+
+    Raises:
+        KernelBuildError: If the kernels cannot be compiled.
+    """
+    return list(Products)[: load_library().sirius_panel_products()]
 
 
 def has_panels() -> bool:
@@ -14,11 +40,36 @@ def has_panels() -> bool:
     Raises:
         KernelBuildError: If the kernels cannot be compiled.
     """
-    return bool(load_library().sirius_has_panels())
+    return bool(available_products())
+
+
+@functools.cache
+def faster_products() -> Products:
+    """Times both ways once, on weights that stay in the cache, and returns the faster one.
+
+    Raises:
+        KernelBuildError: If the kernels cannot be compiled.
+    """
+    if Products.PAIRS not in available_products():
+        return Products.FLOATS
+    inputs, weights = torch.ones(16, 512, dtype=torch.bfloat16), torch.ones(32, 256, 16, 2, dtype=torch.bfloat16)
+    output = inputs.new_empty(16, 512)
+    seconds = dict.fromkeys(Products, float("inf"))
+    for _ in range(TRIALS):
+        for products in Products:
+            started = time.perf_counter()
+            _call(inputs, weights, None, output, products, 1)
+            seconds[products] = min(seconds[products], time.perf_counter() - started)
+    faster = seconds[Products.PAIRS] < CLEARLY_FASTER * seconds[Products.FLOATS]
+    return Products.PAIRS if faster else Products.FLOATS
 
 
 def panel_linear(
-    inputs: torch.Tensor, weights: torch.Tensor, num_outputs: int, bias: torch.Tensor | None = None
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    num_outputs: int,
+    bias: torch.Tensor | None = None,
+    products: Products | None = None,
 ) -> torch.Tensor:
     """Runs a linear layer. A token's result does not depend on the other tokens or on the number of threads.
 
@@ -27,6 +78,7 @@ def panel_linear(
         weights: `Panels.weights` of the layer.
         num_outputs: Outputs of the layer.
         bias: ``[out]`` on CPU, or ``None``.
+        products: How to multiply, one of `available_products`; `faster_products` if ``None``.
 
     Returns:
         ``bfloat16 [..., out]``.
@@ -46,8 +98,21 @@ def panel_linear(
         bias = bias.float().contiguous()
     inputs = inputs.contiguous()
     output = inputs.new_empty(*inputs.shape[:-1], num_outputs)
-    if output.numel() == 0:
-        return output
+    if output.numel() > 0:
+        chosen = faster_products() if products is None else products
+        _call(inputs, weights, bias, output, chosen, torch.get_num_threads())
+    return output
+
+
+def _call(
+    inputs: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    products: Products,
+    num_threads: int,
+) -> None:
+    width = inputs.shape[-1]
     load_library().sirius_panel_linear(
         inputs.data_ptr(),
         weights.data_ptr(),
@@ -55,7 +120,7 @@ def panel_linear(
         output.data_ptr(),
         inputs.numel() // width,
         width,
-        num_outputs,
-        torch.get_num_threads(),
+        output.shape[-1],
+        int(products),
+        num_threads,
     )
-    return output

@@ -6,10 +6,10 @@
 
 extern "C" {
 
-// Whether this machine has the kernel.
-int sirius_has_panels() {
+// How many ways to multiply this machine has, see Products: 0 where it has no kernel.
+int sirius_panel_products() {
 #if defined(SIRIUS_AVX512)
-    return 1;
+    return sirius::kHasPairs ? 2 : 1;
 #else
     return 0;
 #endif
@@ -17,13 +17,14 @@ int sirius_has_panels() {
 
 // `bias` may be null. Does nothing where there is no kernel.
 void sirius_panel_linear(const void* inputs, const void* panels, const float* bias, void* output, int64_t num_tokens,
-                         int64_t width, int64_t num_outputs, int num_threads) {
+                         int64_t width, int64_t num_outputs, int products, int num_threads) {
 #if defined(SIRIUS_AVX512)
     using namespace sirius;
     PanelLayer layer{static_cast<const BFloat16*>(inputs), static_cast<const BFloat16*>(panels), bias,
                      static_cast<BFloat16*>(output), nullptr, width, num_outputs};
-    struct Widened { float value; };
-    layer.widened = reinterpret_cast<float*>(workspace<Widened>(2 * layer.pairs() * kPanelTokens));
+    struct Prepared { float value; };
+    layer.prepared = reinterpret_cast<float*>(workspace<Prepared>(2 * layer.pairs() * kPanelTokens));
+    const bool by_pairs = kHasPairs && Products(products) == Products::kPairs;
     const int64_t passes = (num_tokens + kPanelTokens - 1) / kPanelTokens;
     for (int64_t pass = 0; pass < passes; pass++) {
         // Passes of about the same size: one of a single token would cost almost as much as one of several.
@@ -31,7 +32,10 @@ void sirius_panel_linear(const void* inputs, const void* panels, const float* bi
         const int tokens = int(num_tokens * (pass + 1) / passes - first);
         layer.inputs = static_cast<const BFloat16*>(inputs) + first * width;
         layer.output = static_cast<BFloat16*>(output) + first * num_outputs;
-        auto body = [&](Member member) { run_layer(layer, tokens, member); };
+        auto body = [&](Member member) {
+            by_pairs ? run_layer<Products::kPairs>(layer, tokens, member)
+                     : run_layer<Products::kFloats>(layer, tokens, member);
+        };
         run_team(num_threads, body);
     }
 #endif

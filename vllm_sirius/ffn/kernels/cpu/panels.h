@@ -1,8 +1,8 @@
 // Dense linear layers on the target's own bf16 weights, for the few tokens of a decoding step or a correction pass.
 //
-// Products and sums are fp32. Dot products of bf16 pairs would need fewer instructions, but many processors take several
-// cycles for one, so that beyond a few tokens fp32 is the faster way (see simd.h); widening a weight costs one instruction
-// and is shared by all tokens.
+// Sums are fp32. There are two ways to multiply, because processors differ: dot products of bf16 pairs need one instruction
+// where fp32 needs two and one to widen the weights, but many processors take several cycles for it (measured: half of fp32's
+// rate on Emerald Rapids, twice on Zen 5). The caller says which way.
 //
 // Panels hold 16 outputs: [pairs of inputs][16 outputs][2 inputs], so that one vector has a pair of inputs of 16 outputs. An
 // output is summed in the order of its inputs whatever the number of tokens: a token's result does not depend on which
@@ -19,21 +19,31 @@
 
 namespace sirius {
 
+enum class Products { kFloats = 0, kPairs = 1 };
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 constexpr int kPanel = 16;            // outputs of a panel
 constexpr int kPanelTokens = 16;      // most tokens of a pass: one register each, and some to spare
-constexpr int64_t kPanelLines = 40;   // cache lines between the weights in work and those prefetched
-
 // Panels in work together: enough sums to hide the latency of an addition, as far as there are registers.
-constexpr int panels_together(int tokens) {
-    return tokens == 1 ? 8 : tokens <= 5 ? 4 : tokens <= 8 ? 3 : tokens <= 11 ? 2 : 1;
+constexpr int panels_together(Products products, int tokens) {
+    const int most_for_two = products == Products::kPairs ? 14 : 11;
+    return tokens == 1 ? 8 : tokens <= 5 ? 4 : tokens <= 8 ? 3 : tokens <= most_for_two ? 2 : 1;
 }
+// Cache lines of a panel between the weights in work and those prefetched: fewer panels are read further ahead, so that as
+// many lines are under way.
+constexpr int64_t lines_ahead(int panels) { return std::min(320 / panels, 128); }
 
 struct PanelLayer {
     const BFloat16* inputs;  // [tokens, width]
     const BFloat16* panels;  // [ceil(num_outputs / 16), pairs, 16, 2]
     const float* bias;       // [num_outputs] or null
     BFloat16* output;        // [tokens, num_outputs]
-    float* widened;          // [2 * pairs, tokens]
+    float* prepared;         // [2 * pairs, tokens] widened inputs, or [pairs, tokens] pairs of inputs
     int64_t width;
     int64_t num_outputs;
 
@@ -41,20 +51,13 @@ struct PanelLayer {
     int64_t num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
 };
 
-// Adds the products of pairs [from, to); `ahead` is the distance of the prefetched weights in elements.
-template <int kTokens, int kPanels>
-inline void add_pairs(__m512 (&sums)[kPanels][kTokens], const BFloat16* weights, const float* inputs, int64_t pairs,
-                      int64_t from, int64_t to, int64_t ahead) {
-    const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
-    for (int64_t pair = from; pair < to; pair++) {
+// Adds the products of one line of weights, a pair of inputs of 16 outputs, in every panel.
+template <Products kProducts, int kTokens, int kPanels>
+inline void add_lines(__m512 (&sums)[kPanels][kTokens], const __m512i (&line)[kPanels], const float* inputs, int64_t pair) {
+    if constexpr (kProducts == Products::kFloats) {
+        const __m512i high = _mm512_set1_epi32(int(0xffff0000u));
         const float* first = inputs + 2 * pair * kTokens;
         const float* second = first + kTokens;
-        __m512i line[kPanels];
-        for (int p = 0; p < kPanels; p++) {
-            const BFloat16* source = weights + (p * pairs + pair) * 2 * kPanel;
-            _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
-            line[p] = _mm512_loadu_si512(source);
-        }
         for (int p = 0; p < kPanels; p++) {
             const __m512 weight = _mm512_castsi512_ps(_mm512_slli_epi32(line[p], 16));
             for (int t = 0; t < kTokens; t++) {
@@ -67,10 +70,34 @@ inline void add_pairs(__m512 (&sums)[kPanels][kTokens], const BFloat16* weights,
                 sums[p][t] = _mm512_fmadd_ps(weight, _mm512_set1_ps(second[t]), sums[p][t]);
             }
         }
+    } else {
+#if defined(__AVX512BF16__)
+        for (int t = 0; t < kTokens; t++) {
+            const __m512i both = _mm512_castps_si512(_mm512_set1_ps(inputs[pair * kTokens + t]));
+            for (int p = 0; p < kPanels; p++) {
+                sums[p][t] = _mm512_dpbf16_ps(sums[p][t], __m512bh(line[p]), __m512bh(both));
+            }
+        }
+#endif
     }
 }
 
-template <int kTokens, int kPanels>
+// Adds the products of pairs [from, to); `ahead` is the distance of the prefetched weights in elements.
+template <Products kProducts, int kTokens, int kPanels>
+inline void add_pairs(__m512 (&sums)[kPanels][kTokens], const BFloat16* weights, const float* inputs, int64_t pairs,
+                      int64_t from, int64_t to, int64_t ahead) {
+    for (int64_t pair = from; pair < to; pair++) {
+        __m512i line[kPanels];
+        for (int p = 0; p < kPanels; p++) {
+            const BFloat16* source = weights + (p * pairs + pair) * 2 * kPanel;
+            _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
+            line[p] = _mm512_loadu_si512(source);
+        }
+        add_lines<kProducts>(sums, line, inputs, pair);
+    }
+}
+
+template <Products kProducts, int kTokens, int kPanels>
 void run_panels(const PanelLayer& layer, int64_t panel) {
     const int64_t pairs = layer.pairs();
     const BFloat16* weights = layer.panels + panel * pairs * 2 * kPanel;
@@ -79,10 +106,10 @@ void run_panels(const PanelLayer& layer, int64_t panel) {
         for (auto& sum : row) sum = _mm512_setzero_ps();
     }
     // The last lines of a panel prefetch the first ones of the panel that is next in the same place.
-    const int64_t cut = std::max<int64_t>(0, pairs - kPanelLines);
-    const int64_t ahead = kPanelLines * 2 * kPanel;
-    add_pairs(sums, weights, layer.widened, pairs, 0, cut, ahead);
-    add_pairs(sums, weights, layer.widened, pairs, cut, pairs, ahead + (kPanels - 1) * pairs * 2 * kPanel);
+    const int64_t cut = std::max<int64_t>(0, pairs - lines_ahead(kPanels));
+    const int64_t ahead = lines_ahead(kPanels) * 2 * kPanel;
+    add_pairs<kProducts>(sums, weights, layer.prepared, pairs, 0, cut, ahead);
+    add_pairs<kProducts>(sums, weights, layer.prepared, pairs, cut, pairs, ahead + (kPanels - 1) * pairs * 2 * kPanel);
     for (int p = 0; p < kPanels; p++) {
         const int64_t start = (panel + p) * kPanel;
         const int count = int(std::min<int64_t>(kPanel, layer.num_outputs - start));
@@ -97,27 +124,43 @@ void run_panels(const PanelLayer& layer, int64_t panel) {
     }
 }
 
-// One member's part of a pass of kTokens tokens.
-template <int kTokens>
-void run_layer(const PanelLayer& layer, Member member) {
+// Writes this member's part of the inputs in the order in which they are read.
+template <Products kProducts>
+void prepare(const PanelLayer& layer, int tokens, Member member) {
     const int64_t padded = 2 * layer.pairs();
-    for (int64_t i = member.begin(padded, kPanel); i < member.end(padded, kPanel); i++) {
-        for (int t = 0; t < kTokens; t++) {
-            layer.widened[i * kTokens + t] = i < layer.width ? to_float(layer.inputs[t * layer.width + i]) : 0.0f;
+    const auto input = [&](int64_t i, int t) {
+        return i < layer.width ? layer.inputs[t * layer.width + i] : BFloat16{0};
+    };
+    for (int64_t i = member.begin(padded, kPanel); i < member.end(padded, kPanel); i += 2) {
+        for (int t = 0; t < tokens; t++) {
+            const BFloat16 first = input(i, t), second = input(i + 1, t);
+            if (kProducts == Products::kPairs) {
+                layer.prepared[i / 2 * tokens + t] = as_float(uint32_t(second.bits) << 16 | first.bits);
+            } else {
+                layer.prepared[i * tokens + t] = to_float(first);
+                layer.prepared[(i + 1) * tokens + t] = to_float(second);
+            }
         }
     }
-    member.wait();
-    constexpr int kPanels = panels_together(kTokens);
-    int64_t panel = member.begin(layer.num_panels(), 1);
-    const int64_t end = member.end(layer.num_panels(), 1);
-    for (; panel + kPanels <= end; panel += kPanels) run_panels<kTokens, kPanels>(layer, panel);
-    for (; panel < end; panel++) run_panels<kTokens, 1>(layer, panel);
 }
 
-template <int kTokens = kPanelTokens>
+// One member's part of a pass of kTokens tokens.
+template <Products kProducts, int kTokens>
+void run_layer(const PanelLayer& layer, Member member) {
+    prepare<kProducts>(layer, kTokens, member);
+    member.wait();
+    constexpr int kPanels = panels_together(kProducts, kTokens);
+    int64_t panel = member.begin(layer.num_panels(), 1);
+    const int64_t end = member.end(layer.num_panels(), 1);
+    for (; panel + kPanels <= end; panel += kPanels) run_panels<kProducts, kTokens, kPanels>(layer, panel);
+    for (; panel < end; panel++) run_panels<kProducts, kTokens, 1>(layer, panel);
+}
+
+template <Products kProducts, int kTokens = kPanelTokens>
 void run_layer(const PanelLayer& layer, int tokens, Member member) {
     if constexpr (kTokens > 0) {
-        tokens == kTokens ? run_layer<kTokens>(layer, member) : run_layer<kTokens - 1>(layer, tokens, member);
+        tokens == kTokens ? run_layer<kProducts, kTokens>(layer, member)
+                          : run_layer<kProducts, kTokens - 1>(layer, tokens, member);
     }
 }
 

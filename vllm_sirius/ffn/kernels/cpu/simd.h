@@ -13,12 +13,11 @@
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define SIRIUS_AVX2 1
 #endif
-// Dot products of bf16 pairs pay where they do more products per cycle than fp32 does: on Zen 4 and later, not on the
-// processors that take several cycles for one (measured on Emerald Rapids: half of fp32's rate).
-#if defined(SIRIUS_AVX512) && defined(__AVX512BF16__)
-#if defined(__znver4__) || defined(__znver5__) || defined(SIRIUS_PREFER_BF16)
+// Dot products of bf16 pairs pay where they do more products per cycle than fp32 does: on AMD's processors, which build.py
+// tells by SIRIUS_PREFER_BF16 (measured on Zen 5: twice fp32's rate), not on those that take several cycles for one (measured
+// on Emerald Rapids: half of it). Compilers older than the processor do not know its name.
+#if defined(SIRIUS_AVX512) && defined(__AVX512BF16__) && defined(SIRIUS_PREFER_BF16)
 #define SIRIUS_AVX512_BF16 1
-#endif
 #endif
 #if defined(SIRIUS_AVX512) && defined(__AVX512VNNI__)
 #define SIRIUS_AVX512_VNNI 1
