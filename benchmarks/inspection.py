@@ -53,7 +53,7 @@ def draft_knobs(config: SiriusConfig | None) -> str:
     if config is None:
         return "{}"
     knobs: dict[str, Any] = {"sparsity": config.sparsity, "draft_weights": config.draft_weights}
-    if config.sparsity != "none":
+    if config.sparsity in ("coarse", "fine"):
         knobs["density"] = config.density
     if config.draft_weights != "shared":
         knobs["draft_weights_scope"] = config.draft_weights_scope
@@ -64,14 +64,14 @@ def copied_bytes(config: SiriusConfig, step_bytes: int, ffn_share: float) -> int
     """Estimates the weights that the draft of Sirius keeps for itself on a CPU.
 
     Args:
-        config: The knobs; ``auto`` is int8, as on CPU.
+        config: The knobs; ``auto`` is what it is on CPU.
         step_bytes: Weight bytes of a decoding step.
         ffn_share: Part of them that belongs to FFNs.
 
     Returns:
         Bytes of neuron rows, or of low-bit copies.
     """
-    bits = config.resolved("int8").draft_bits
+    bits = config.resolved(copies=True).draft_bits
     if bits is None:
         return int(step_bytes * ffn_share)
     copied = 1.0 if config.draft_weights_scope == "all" else ffn_share

@@ -66,12 +66,17 @@ def acceptance_length(rate: float, kernel_size: int) -> float:
     return sum(rate**i for i in range(kernel_size))
 
 
+def _draft_name(config: SiriusConfig) -> str:
+    kept = "all neurons" if config.sparsity == "none" else f"{config.sparsity}, density {config.density:g}"
+    return kept if config.draft_bits is None else f"{kept}, {config.draft_weights} {config.draft_weights_scope}"
+
+
 def _doctor(given: argparse.Namespace) -> int:
     # Standard output belongs to the report; vLLM reads these when it is imported.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm_sirius.integration.doctor import inspect_model
-    from vllm_sirius.integration.model_shape import bytes_per_weight
+    from vllm_sirius.integration.model_shape import as_on_this_platform, bytes_per_weight
 
     options = {key: value for key, value in given.speculative_config.items() if key != "method"}
     config = SiriusConfig.from_options(options)
@@ -99,7 +104,7 @@ def _doctor(given: argparse.Namespace) -> int:
     print(f"{given.model}: supported")
     print(f"  gated FFNs                 {shape.num_ffns} of {shape.num_neurons} neurons")
     print(f"  weights read per step      {shape.step_bytes / 1e9:.2f} GB, {shape.ffn_share:.1%} of them FFN")
-    print(f"  a draft step reads         {draft:.1%} of that ({config.sparsity}, density {config.density})")
+    print(f"  a draft step reads         {draft:.1%} of that ({_draft_name(as_on_this_platform(config))})")
     print(f"  ceiling of the speed-up at kernel size {length}, if a correction pass cost no more than one dense step:")
     for rate, ceiling in ceilings.items():
         print(

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_sirius.errors import SiriusConfigError
 
-SPARSITIES = ("coarse", "fine", "none")
+SPARSITIES = ("auto", "coarse", "fine", "none")
 ACCEPTANCES = ("threshold", "lossless")
 DRAFT_WEIGHTS = ("auto", "shared", "int8", "int4")
 DRAFT_WEIGHTS_SCOPES = ("ffn", "all")
@@ -38,13 +38,15 @@ class SiriusConfig:
             A larger value spreads the cost of the correction over more draft tokens and wastes more of them
             when a draft is rejected. ``num_speculative_tokens = kernel_size - 1``.
         sparsity: Which neurons the draft keeps. ``coarse`` (CSparse, GRIFFIN): one set per layer for the whole
-            running batch. ``fine`` (FSparse, like CATS): the largest ``|act(gate)|`` of each token. ``none``: all.
+            running batch. ``fine`` (FSparse, like CATS): the largest ``|act(gate)|`` of each token. ``none``: all. ``auto`` is
+            ``none`` where drafts read copies in few bits and no knob of a sparsity is given, and otherwise ``coarse``.
         density: Part of the FFN neurons that the draft keeps, in (0, 1].
         refresh: Update the coarse set from every correction pass. ``False`` is the paper's behaviour: the set is
             fixed by the prompt.
         draft_weights: Weights the draft reads. ``shared`` are the target's own values; ``int8`` and ``int4`` are rounded
             copies, made at load without calibration data, which the target never reads. ``auto`` shares where the target's
-            rows can be read (GPU), and otherwise (CPU, where the draft needs rows of its own) copies them as int8.
+            rows can be read (GPU), and otherwise (CPU, where the draft needs weights of its own) copies them: as int4 where it keeps
+            all neurons, else as int8.
         draft_weights_scope: What is copied in few bits: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
         target_kernels: What runs the target's own dense linear layers on CPU: ``vllm`` its kernels, ``sirius`` a kernel for
             the few tokens of a correction pass, on the same bf16 weights in another order; ``auto`` takes the faster one,
@@ -64,7 +66,7 @@ class SiriusConfig:
     """
 
     kernel_size: int = 16
-    sparsity: str = "coarse"
+    sparsity: str = "auto"
     density: float = 0.5
     refresh: bool = True
     draft_weights: str = "auto"
@@ -134,16 +136,21 @@ class SiriusConfig:
         """Bits of a copied weight, or ``None`` where the draft reads the target's values; not for ``auto``."""
         return {"shared": None, "int8": 8, "int4": 4}[self.draft_weights]
 
-    def resolved(self, automatic: str) -> SiriusConfig:
-        """The knobs with ``draft_weights`` decided.
+    def resolved(self, copies: bool) -> SiriusConfig:
+        """The knobs with ``sparsity`` and ``draft_weights`` decided.
 
         Args:
-            automatic: What ``auto`` means for this model on this machine, ``shared`` or ``int8``.
+            copies: Whether drafts of this model read weights of their own on this machine (CPU), or the target's (GPU).
 
         Raises:
             SiriusConfigError: If that contradicts another knob.
         """
-        return self if self.draft_weights != "auto" else replace(self, draft_weights=automatic)
+        sparsity, weights = self.sparsity, self.draft_weights
+        if sparsity == "auto":
+            sparsity = "none" if copies and weights != "shared" else "coarse"
+        if weights == "auto":
+            weights = "shared" if not copies else "int4" if sparsity == "none" else "int8"
+        return replace(self, sparsity=sparsity, draft_weights=weights)
 
     @property
     def lossless(self) -> bool:
@@ -178,6 +185,8 @@ class SiriusConfig:
                     f"kernel_size={kernel_size!r} and num_speculative_tokens={num_tokens!r} disagree: kernel_size is "
                     f"num_speculative_tokens + 1, so give one of them or kernel_size={num_tokens + 1}."
                 )
+        if given.get("sparsity", "auto") == "auto" and any(key in given for key in ("density", "refresh")):
+            given["sparsity"] = "coarse"
         config = cls(**{key: given[key] for key in knobs if key in given})
         config._check_contradictions(given)
         return config

@@ -8,8 +8,9 @@ from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
 
 PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17, 40))]
 SAMPLING = {"max_tokens": 20, "ignore_eos": True}
-COARSE = {"method": "sirius", "acceptance": "lossless", "kernel_size": 5, "adaptive": False}
-FINE = {**COARSE, "sparsity": "fine", "density": 0.3}
+DEFAULT = {"method": "sirius", "acceptance": "lossless", "kernel_size": 5, "adaptive": False}
+COARSE = {**DEFAULT, "sparsity": "coarse"}
+FINE = {**DEFAULT, "sparsity": "fine", "density": 0.3}
 
 KNOWN_ACTIVATIONS = ("SiluAndMul", "MulAndSilu", "GeluAndMul")
 """Others are masked, which coarse sparsity alone can do."""
@@ -65,6 +66,25 @@ def test_gated_model_is_drafted_and_token_identical(host, tiny_root, name):
         assert report["runner"] == host.runner
         assert len(report["ffns"]) == tiny.layers
         assert report["draft_calls"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "draft"),
+    [
+        ("llama", ("none", "int4")),
+        pytest.param("gemma3n", ("coarse", "shared"), id="an-ffn-that-computes-more"),
+        pytest.param("minicpm_fatrelu", ("coarse", "shared"), id="an-activation-without-a-kernel"),
+    ],
+)
+def test_what_drafts_by_default(host, tiny_root, name, draft):
+    plain = engine(name, tiny_root)
+    sparse = {**plain, "speculative_config": DEFAULT}
+    found = host.generate(sparse, PROMPTS, SAMPLING)
+    assert found.token_ids == host.generate(plain, PROMPTS, SAMPLING).token_ids
+    assert 0 < found.num_accepted_tokens
+    report = host.probe(sparse, "support.probes:draft_report")
+    assert tuple(report["draft"]) == draft
+    assert report["native"] == (draft[0] == "none")
 
 
 @on_runners(REFUSED, V2_REFUSED)

@@ -16,7 +16,8 @@ PLAIN = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": BATCH,
 
 
 def sparse(**options):
-    return {**PLAIN, "speculative_config": {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, **options}}
+    fixed = {"method": "sirius", "sparsity": "coarse", "kernel_size": KERNEL, "adaptive": False}
+    return {**PLAIN, "speculative_config": {**fixed, **options}}
 
 
 def record(host, engine, prompts, sampling=SAMPLING):

@@ -11,7 +11,8 @@ KERNEL = 8
 def engine(name=SMOL, options=None, **given):
     base = {"model": model_path(name), "max_model_len": 512, "max_num_seqs": 8, **given}
     if options is not None:
-        base["speculative_config"] = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, **options}
+        fixed = {"method": "sirius", "sparsity": "coarse", "kernel_size": KERNEL, "adaptive": False}
+        base["speculative_config"] = {**fixed, **options}
     return base
 
 

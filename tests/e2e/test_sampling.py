@@ -12,7 +12,7 @@ from support.real_models import SMOL, chat_prompt, chat_prompts, model_path
 from support.runners import only_v1, v2_is_slow
 from support.tiny_models import build
 
-SIRIUS = {"method": "sirius", "kernel_size": 8, "adaptive": False}
+SIRIUS = {"method": "sirius", "sparsity": "coarse", "kernel_size": 8, "adaptive": False}
 LOSSLESS = {**SIRIUS, "acceptance": "lossless"}
 BAD_WORDS = ["the", " the", " to"]
 SCHEMA = {

@@ -50,6 +50,7 @@ def draft_report(llm: Any) -> dict[str, Any]:
         "row_bytes": drafter.ffns.backend.num_bytes if drafter.ffns.backend is not None else 0,
         "requests": len(runner.req_states.req_id_to_index if is_v2(runner) else drafter._requests),
         "draft_calls": drafter.ffns.num_draft_calls,
+        "draft": (runner.speculative_config.sirius.sparsity, runner.speculative_config.sirius.draft_weights),
     }
 
 

@@ -11,7 +11,7 @@ def test_defaults_are_those_of_the_readme():
     config = SiriusConfig.from_options({"method": "sirius", "model": "sirius"})
     assert config == SiriusConfig(
         kernel_size=16,
-        sparsity="coarse",
+        sparsity="auto",
         density=0.5,
         refresh=True,
         draft_weights="auto",
@@ -145,11 +145,27 @@ def test_request_cannot_make_a_lossless_engine_lossy():
         parse_request_options({"sirius_threshold": 0.1}, SiriusConfig(acceptance="lossless"))
 
 
-def test_automatic_draft_weights_are_decided_once_and_checked_again():
-    automatic = SiriusConfig.from_options({"method": "sirius"})
-    assert automatic.resolved("int8").draft_bits == 8
-    assert automatic.resolved("shared").draft_bits is None
-    given = SiriusConfig.from_options({"draft_weights": "int4"})
-    assert given.resolved("int8") is given
+@pytest.mark.parametrize(
+    ("options", "with_copies", "without"),
+    [
+        ({}, ("none", "int4"), ("coarse", "shared")),
+        ({"draft_weights": "int8"}, ("none", "int8"), ("coarse", "int8")),
+        ({"draft_weights": "shared"}, ("coarse", "shared"), ("coarse", "shared")),
+        ({"density": 0.3}, ("coarse", "int8"), ("coarse", "shared")),
+        ({"refresh": False, "sparsity": "auto"}, ("coarse", "int8"), ("coarse", "shared")),
+        ({"sparsity": "fine"}, ("fine", "int8"), ("fine", "shared")),
+        ({"sparsity": "coarse", "draft_weights": "int4"}, ("coarse", "int4"), ("coarse", "int4")),
+    ],
+)
+def test_what_is_automatic_is_decided_by_where_drafts_read(options, with_copies, without):
+    for copies, expected in ((True, with_copies), (False, without)):
+        config = SiriusConfig.from_options(options).resolved(copies)
+        assert (config.sparsity, config.draft_weights) == expected
+        assert config.resolved(copies) == config
+
+
+def test_what_is_decided_is_checked_again():
+    config = SiriusConfig.from_options({"sparsity": "none"})
+    assert config.resolved(copies=True).draft_bits == 4
     with pytest.raises(SiriusConfigError, match="sparsity='none' with draft_weights='shared'"):
-        SiriusConfig.from_options({"sparsity": "none"}).resolved("shared")
+        config.resolved(copies=False)

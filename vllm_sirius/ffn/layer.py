@@ -108,10 +108,6 @@ class ReducedFFNs:
         if self.linears is not None:
             self.linears.install(self)
 
-    def drop_backend(self) -> None:
-        """Goes over to the masked way for good."""
-        self.backend = None
-
     @contextmanager
     def draft_mode(self) -> Iterator[None]:
         """Forward passes inside run the reduced FFNs."""

@@ -6,12 +6,14 @@ draft with the dense target: correct, slow and silent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from vllm_sirius.errors import SiriusIntegrationError
+from vllm_sirius.ffn.backends import Backend
 from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.ffn.locate import GatedFFN
 
 NUM_TOKENS = 4
 REMEDY = (
@@ -19,22 +21,24 @@ REMEDY = (
 )
 
 
-def backend_reproduces_ffns(ffns: ReducedFFNs, dtype: torch.dtype, device: torch.device) -> bool:
+def backend_reproduces_ffns(
+    ffns: Sequence[GatedFFN], backend: Backend, dtype: torch.dtype, device: torch.device
+) -> bool:
     """Whether the kernels with all neurons give what the model's own FFNs give.
 
     They do not where an FFN computes more than that, for example multiplies its output.
 
     Args:
-        ffns: The switch, in target mode, with kernels.
+        ffns: The FFNs, as the model has them.
+        backend: The kernels.
         dtype: The model's dtype.
         device: Where it lives.
     """
-    assert ffns.backend is not None
-    for layer, ffn in enumerate(ffns.ffns):
+    for layer, ffn in enumerate(ffns):
         hidden_states = _random_hidden_states(ffn.hidden_size, dtype, device)
         dense = ffn.module(hidden_states).float()
-        whole = ffns.backend.whole(layer, hidden_states).float()
-        if not float((dense - whole).norm()) <= ffns.backend.max_error * float(dense.norm()):
+        whole = backend.whole(layer, hidden_states).float()
+        if not float((dense - whole).norm()) <= backend.max_error * float(dense.norm()):
             return False
     return True
 

@@ -23,8 +23,8 @@ from vllm_sirius.ffn.low_bit_linears import LowBitLinears, LowBitWeight, quantis
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
 from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
-from vllm_sirius.integration.speculative_config import record_target_kernels, resolve_draft_weights
-from vllm_sirius.integration.target import LoadedTarget, check_activations
+from vllm_sirius.integration.speculative_config import record_target_kernels, resolve_draft
+from vllm_sirius.integration.target import LoadedTarget, check_activations, with_true_kernels
 from vllm_sirius.integration.target_linears import choose_target_kernels, use_panels
 
 
@@ -169,7 +169,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     Raises:
         SiriusUnsupportedError: If the model has no gated FFN, or one whose weights cannot be read.
     """
-    automatic = vllm_config.speculative_config.sirius.draft_weights == "auto"
+    given = vllm_config.speculative_config.sirius
     loader = get_model_loader(vllm_config.load_config)
     create_model = loader.create_model
     built: list[tuple[list[GatedFFN], ModelShape, list[_FFNReader], KernelChoice]] = []
@@ -180,7 +180,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         model: nn.Module = create_model(*args, **kwargs)
         ffns = locate_gated_ffns(model)
         kernels = _choose_kernels(vllm_config, ffns)
-        config = resolve_draft_weights(vllm_config, "int8" if kernels.native else "shared")
+        config = resolve_draft(vllm_config, copies=kernels.native)
         check_activations(config, ffns)
         _check_low_bit(config, kernels)
         bits, whole = config.draft_bits, config.sparsity == "none"
@@ -203,17 +203,10 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     further = linears[0].collect(model) if linears else None
     if target_kernels[0].panels:
         _give_head_panels(model)
-    return LoadedTarget(
-        model,
-        ffns,
-        shape,
-        torch.cat(norms),
-        backend,
-        kernels,
-        linears=further,
-        automatic=automatic,
-        target_kernels=target_kernels[0],
+    target = LoadedTarget(
+        model, ffns, shape, torch.cat(norms), backend, kernels, linears=further, target_kernels=target_kernels[0]
     )
+    return with_true_kernels(target, vllm_config, given)
 
 
 def _want_panels(model: nn.Module) -> None:

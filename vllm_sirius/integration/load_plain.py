@@ -21,8 +21,8 @@ from vllm_sirius.ffn.kernels.triton.statistics import observe_ffn
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
 from vllm_sirius.ffn.weights import neuron_norms, store_as_rows
 from vllm_sirius.integration.model_shape import measure_shape
-from vllm_sirius.integration.speculative_config import resolve_draft_weights
-from vllm_sirius.integration.target import LoadedTarget, check_activations
+from vllm_sirius.integration.speculative_config import resolve_draft
+from vllm_sirius.integration.target import LoadedTarget, check_activations, with_true_kernels
 
 
 def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
@@ -38,7 +38,8 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
     Raises:
         SiriusUnsupportedError: If the model has no gated FFN, or one whose weights cannot be read.
     """
-    config = resolve_draft_weights(vllm_config, "shared")
+    given = vllm_config.speculative_config.sirius
+    config = resolve_draft(vllm_config, copies=False)
     ffns = locate_gated_ffns(model)
     check_activations(config, ffns)
     if config.target_kernels == "sirius":
@@ -63,7 +64,8 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
         [_reduction(ffn.down) for ffn in ffns],
     )
     backend.warm_up(config.density, config.sparsity == "fine")
-    return LoadedTarget(model, ffns, shape, norms, backend, kernels, observe_ffn)
+    target = LoadedTarget(model, ffns, shape, norms, backend, kernels, observe_ffn)
+    return with_true_kernels(target, vllm_config, given)
 
 
 def _weight(layer: Any) -> torch.Tensor:

@@ -38,6 +38,7 @@ class ModelShape:
 
     def draft_density(self, config: SiriusConfig) -> float:
         """Part of a dense step's bytes that a draft step has to read."""
+        config = as_on_this_platform(config)
         kept = {"coarse": config.density, "fine": fine_ffn_density(config.density), "none": 1.0}[config.sparsity]
         return draft_density(self.ffn_share, kept, *bytes_per_weight(config))
 
@@ -46,13 +47,22 @@ LOW_BIT_SHARE = {"shared": 1.0, "int8": 0.5, "int4": 0.28125}
 """Bytes of a copied weight, scales included, over those of a 16-bit one."""
 
 
+def as_on_this_platform(config: SiriusConfig) -> SiriusConfig:
+    """The knobs with ``auto`` decided as a model is served on this platform with kernels.
+
+    Args:
+        config: The knobs.
+    """
+    return config.resolved(copies=current_platform.is_cpu())
+
+
 def bytes_per_weight(config: SiriusConfig) -> tuple[float, float]:
     """Bytes of a weight that a draft reads over those of the target's: of the FFNs, and of all other layers.
 
     Args:
         config: The knobs; ``auto`` is taken as on this platform with kernels.
     """
-    copied = LOW_BIT_SHARE[config.resolved("int8" if current_platform.is_cpu() else "shared").draft_weights]
+    copied = LOW_BIT_SHARE[as_on_this_platform(config).draft_weights]
     return copied, copied if config.draft_weights_scope == "all" else 1.0
 
 

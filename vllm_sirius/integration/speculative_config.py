@@ -48,20 +48,37 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         return f"SiriusSpeculativeConfig({self.sirius})"
 
 
-def resolve_draft_weights(vllm_config: Any, automatic: str) -> SiriusConfig:
-    """Decides what ``draft_weights: auto`` means, for everything that reads the config from now on.
+def resolve_draft(vllm_config: Any, copies: bool) -> SiriusConfig:
+    """Decides what ``auto`` means for sparsity and draft weights, for everything that reads the config from now on.
 
     Args:
         vllm_config: The config of a worker of Sirius.
-        automatic: What it means here, ``shared`` or ``int8``.
+        copies: Whether drafts read weights of their own.
 
     Returns:
         The knobs.
     """
     speculative = vllm_config.speculative_config
-    speculative.sirius = speculative.sirius.resolved(automatic)
+    speculative.sirius = speculative.sirius.resolved(copies)
     resolved: SiriusConfig = speculative.sirius
     return resolved
+
+
+def draft_masked(vllm_config: Any, given: SiriusConfig) -> SiriusConfig:
+    """Takes back what `resolve_draft` decided: drafts turn out to run masked on the target's own weights.
+
+    Args:
+        vllm_config: The config of a worker of Sirius.
+        given: The knobs as the user gave them.
+
+    Returns:
+        The knobs.
+    """
+    speculative = vllm_config.speculative_config
+    sparsity = "coarse" if given.sparsity == "auto" else given.sparsity
+    speculative.sirius = replace(speculative.sirius, sparsity=sparsity, draft_weights="shared")
+    masked: SiriusConfig = speculative.sirius
+    return masked
 
 
 def record_target_kernels(vllm_config: Any, panels: bool) -> None:

@@ -22,7 +22,7 @@ from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.model_shape import ModelShape
-from vllm_sirius.integration.speculative_config import sirius_config
+from vllm_sirius.integration.speculative_config import draft_masked, sirius_config
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.selector import NeuronSelector
 from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObserveKernel
@@ -48,7 +48,6 @@ class LoadedTarget:
         kernels: What computes the reduced FFNs, for the start-up line.
         linears: Further layers that drafts run on copies in few bits.
         target_kernels: What runs the target's own linear layers.
-        automatic: Whether the plugin chose the draft's weights, so that it may choose again.
         observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
     """
 
@@ -60,7 +59,6 @@ class LoadedTarget:
     kernels: KernelChoice
     observe: ObserveKernel | None = None
     linears: LowBitLinears | None = None
-    automatic: bool = False
     target_kernels: TargetKernels = UPSTREAM_KERNELS
 
 
@@ -81,6 +79,36 @@ def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
             f"sparsity='fine' needs the gate of each neuron, which the activation {kind} of the FFN {unknown.name!r} does not "
             "show: use sparsity='coarse'."
         )
+
+
+def with_true_kernels(target: LoadedTarget, vllm_config: Any, given: SiriusConfig) -> LoadedTarget:
+    """Takes a target's kernels away if its FFNs compute more than they do; drafts are then masked.
+
+    Args:
+        target: The freshly loaded target, without the switch.
+        vllm_config: The engine's config, whose knobs are changed where the plugin had chosen them.
+        given: The knobs as the user gave them.
+
+    Returns:
+        The target.
+
+    Raises:
+        SiriusUnsupportedError: If the knobs given need the kernels.
+    """
+    config, device = vllm_config.speculative_config.sirius, target.neuron_norms.device
+    if target.backend is None or backend_reproduces_ffns(
+        target.ffns, target.backend, vllm_config.model_config.dtype, device
+    ):
+        return target
+    chosen = given.draft_weights == "auto" and given.sparsity != "none"
+    if config.draft_bits is not None and not chosen:
+        raise SiriusUnsupportedError(
+            f"draft_weights={config.draft_weights!r}: the FFNs of this model compute more than gate, up and down, which the "
+            "kernels do not know: use draft_weights='shared'."
+        )
+    draft_masked(vllm_config, given)
+    kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
+    return replace(target, backend=None, linears=None, kernels=kernels)
 
 
 def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs, NeuronSelector | None]:
@@ -137,23 +165,13 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     config = sirius_config(vllm_config.speculative_config)
     assert config is not None
     dtype = vllm_config.model_config.dtype
-    kernels = target.kernels
-    if ffns.backend is not None and not backend_reproduces_ffns(ffns, dtype, device):
-        if config.draft_bits is not None and not (target.automatic and config.sparsity != "none"):
-            raise SiriusUnsupportedError(
-                f"draft_weights={config.draft_weights!r}: the FFNs of this model compute more than gate, up and down, which the "
-                "kernels do not know: use draft_weights='shared'."
-            )
-        ffns.drop_backend()
-        config = replace(config, draft_weights="shared")
-        kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
     if ffns.backend is not None and device.type == "cpu":
         measure_switch(ffns, vllm_config.scheduler_config.max_num_seqs, dtype)
     draft = DraftModel(target.model, ffns, vllm_config)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
     adaptive = config.adaptive and not vllm_config.use_v2_model_runner
-    _announce(config, adaptive, target.shape, ffns.num_bytes, kernels, difference)
+    _announce(config, adaptive, target.shape, ffns.num_bytes, target.kernels, difference)
     logger.info(
         "Sirius: the target's linear layers run on %s (%s)",
         "Sirius's kernel" if target.target_kernels.panels else "vLLM's kernels",
