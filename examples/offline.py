@@ -22,7 +22,7 @@ def main() -> None:
     llm = LLM(
         model=given.model,
         enforce_eager=given.enforce_eager,
-        speculative_config={"method": "sirius", "kernel_size": 16, "sparsity": "coarse", "density": 0.5},
+        speculative_config={"method": "sirius", "kernel_size": 16, "acceptance": "lossless"},
         max_model_len=1024,
         kv_cache_memory_bytes=1 << 30,  # on CPU vLLM would take most of the machine's memory
         disable_log_stats=False,  # for get_metrics

@@ -45,8 +45,8 @@ class SiriusConfig:
             fixed by the prompt.
         draft_weights: Weights the draft reads. ``shared`` are the target's own values; ``int8`` and ``int4`` are rounded
             copies, made at load without calibration data, which the target never reads. ``auto`` shares where the target's
-            rows can be read (GPU), and otherwise (CPU, where the draft needs weights of its own) copies them: as int4 where it keeps
-            all neurons, else as int8.
+            rows can be read (GPU), and otherwise (CPU, where the draft needs weights of its own) copies them: as int4 where it
+            keeps all neurons, else as int8.
         draft_weights_scope: What is copied in few bits: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
         target_kernels: What runs the target's own dense linear layers on CPU: ``vllm`` its kernels, ``sirius`` a kernel for
             the few tokens of a correction pass, on the same bf16 weights in another order; ``auto`` takes the faster one,

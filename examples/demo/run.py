@@ -26,11 +26,12 @@ from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
 from vllm_sirius.measuring.engine import Engine, EngineError
 from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.prompts import tokenize
-from vllm_sirius.metrics import draft_density, fine_ffn_density
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MODEL = ROOT / ".models" / "qwen2.5-coder-0.5b-instruct"
-ARMS = ("threshold-coarse", "threshold-fine", "lossless-coarse")
+ARMS = ("threshold", "lossless", "lossless-coarse", "threshold-coarse", "threshold-fine")
+"""Rule and, where it is not the default for this machine, sparsity."""
+DEFAULT_ARMS = ARMS[:3]
 WARM_UP_TOKENS = 32
 PAUSE_SECONDS = 0.3
 """Between two turns: OpenMP threads of the engine that ran last keep a core busy for up to 0.2 s."""
@@ -72,27 +73,45 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def make_arms(given: argparse.Namespace, inspection: dict[str, Any]) -> list[Arm]:
+def make_arms(given: argparse.Namespace) -> list[Arm]:
     """Lists vLLM alone and the chosen arms of Sirius.
 
     Args:
         given: The command line.
-        inspection: What `vllm-sirius doctor` says about the model.
 
     Returns:
         The arms, vLLM alone first.
+
+    Raises:
+        DemoError: If the model cannot be served with Sirius.
     """
     arms = [Arm("vllm", "vLLM alone", {}, 1.0)]
     for key in given.arms:
-        acceptance, sparsity = key.split("-")
-        options = {"method": "sirius", "kernel_size": given.kernel_size, "density": given.density}
-        options |= {"sparsity": sparsity, "acceptance": acceptance}
+        acceptance, _, sparsity = key.partition("-")
+        options = {"method": "sirius", "kernel_size": given.kernel_size, "acceptance": acceptance}
+        if sparsity:
+            options |= {"sparsity": sparsity, "density": given.density}
         if acceptance == "threshold":
             options["threshold"] = given.threshold
-        kept = given.density if sparsity == "coarse" else fine_ffn_density(given.density)
-        density = draft_density(inspection["ffn_share"], kept, *inspection["bytes_per_weight"])
-        arms.append(Arm(key, f"Sirius {acceptance}, {sparsity}", options, density))
+        title = f"Sirius {acceptance}" + (f", {sparsity}" if sparsity else "")
+        arms.append(Arm(key, title, options, inspect(given.model, options)["draft_density"]))
     return arms
+
+
+def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What `vllm-sirius doctor` says about a model.
+
+    Args:
+        model: Path or hub name.
+        options: Knobs of Sirius.
+
+    Raises:
+        DemoError: If it cannot be served with them.
+    """
+    try:
+        return ask_doctor(model, options, "bfloat16")
+    except DoctorError as error:
+        raise DemoError(str(error)) from error
 
 
 def prepare(given: argparse.Namespace) -> Setting:
@@ -111,11 +130,7 @@ def prepare(given: argparse.Namespace) -> Setting:
         raise DemoError(f"the model is missing: run `make model NAME={DEFAULT_MODEL.name}`, or give --model")
     name = Path(given.model).name if Path(given.model).is_dir() else given.model
     say(f"looking at {name} ...")
-    knobs = {"kernel_size": given.kernel_size, "density": given.density, "threshold": given.threshold}
-    try:
-        inspection = ask_doctor(given.model, knobs, "bfloat16")
-    except DoctorError as error:
-        raise DemoError(str(error)) from error
+    inspection = inspect(given.model, {"kernel_size": given.kernel_size})
     say(
         f"  {inspection['gated_ffns']} gated FFNs of {inspection['neurons']} neurons; "
         f"{inspection['ffn_share']:.0%} of the bytes of a step are FFN"
@@ -246,7 +261,7 @@ def run(given: argparse.Namespace) -> None:
     started = time.monotonic()
     given.output.mkdir(parents=True, exist_ok=True)
     setting = prepare(given)
-    arms = make_arms(given, setting.inspection)
+    arms = make_arms(given)
     needed = memory.engines_bytes(setting.model, setting.inspection, KV_CACHE_BYTES, len(arms) - 1)
     free = memory.available_bytes()
     say(f"  {len(arms)} engines need about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are available")
@@ -289,7 +304,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--density", type=float, default=0.5, help="default: %(default)s")
     parser.add_argument("--threshold", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="arms of Sirius (default: all)")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=DEFAULT_ARMS, help="arms of Sirius (default: the first three)"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/demo"), help="folder (default: %(default)s)")
     return parser.parse_args(arguments)
 

@@ -81,7 +81,7 @@ def test_what_drafts_by_default(host, tiny_root, name, draft):
     sparse = {**plain, "speculative_config": DEFAULT}
     found = host.generate(sparse, PROMPTS, SAMPLING)
     assert found.token_ids == host.generate(plain, PROMPTS, SAMPLING).token_ids
-    assert 0 < found.num_accepted_tokens
+    assert found.num_accepted_tokens > 0
     report = host.probe(sparse, "support.probes:draft_report")
     assert tuple(report["draft"]) == draft
     assert report["native"] == (draft[0] == "none")

@@ -120,12 +120,12 @@ def test_serve_and_client(server_url):
 
 def test_demo(tmp_path):
     options = ["--model", model_path(SMOL), "--num-prompts", "2", "--max-tokens", "16", "--kernel-size", "4"]
-    options += ["--arms", "threshold-coarse"]
+    options += ["--arms", "threshold", "threshold-coarse"]
     output = run(sys.executable, EXAMPLES / "demo" / "run.py", *options, "--output", tmp_path)
     assert "vLLM alone" in output
     assert (tmp_path / "demo.png").stat().st_size > 0
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert [arm["key"] for arm in report["arms"]] == ["vllm", "threshold-coarse"]
+    assert [arm["key"] for arm in report["arms"]] == ["vllm", "threshold", "threshold-coarse"]
     for arm in report["arms"][1:]:
         assert 1.0 <= arm["acceptance_length"] <= 4.0
         assert arm["start_up_line"]
