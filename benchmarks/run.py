@@ -56,7 +56,9 @@ def plan_groups(what: Setting, arms: Sequence[Configuration]) -> list[list[Confi
     cache = what.engine["kv_cache_memory_bytes"]
     step_bytes = what.inspection["step_bytes"]
     sizes = {
-        arm.name: memory.engine_bytes(what.model, step_bytes, cache, inspection.extra_bytes(arm, what.inspection))
+        arm.name: memory.engine_bytes(
+            what.model, step_bytes, cache, inspection.extra_bytes(arm, what.inspection), arm.compiled
+        )
         for arm in arms
     }
     alone = {arm.name: sizes[arm.name] for arm in arms if arm.alone}

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 PROCESS_BYTES = 1 << 30
-"""Python, PyTorch, vLLM and compiled code of one engine."""
+"""Python, PyTorch and vLLM of one engine."""
+
+COMPILER_BYTES = 1 << 30
+"""What compiling leaves behind in an engine that compiles the model."""
 
 
 def weight_file_bytes(model: str) -> int:
@@ -22,7 +25,7 @@ def weight_file_bytes(model: str) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
 
-def engine_bytes(model: str, step_bytes: int, kv_cache_bytes: int, extra_bytes: int = 0) -> int:
+def engine_bytes(model: str, step_bytes: int, kv_cache_bytes: int, extra_bytes: int = 0, compiled: bool = False) -> int:
     """Memory of one engine.
 
     Args:
@@ -30,11 +33,13 @@ def engine_bytes(model: str, step_bytes: int, kv_cache_bytes: int, extra_bytes: 
         step_bytes: Weight bytes of a decoding step, as `vllm-sirius doctor` says.
         kv_cache_bytes: Its KV cache.
         extra_bytes: What it holds beside the model: copies of weights, a draft model.
+        compiled: Whether it compiles the model.
 
     Returns:
         An estimate.
     """
-    return max(step_bytes, weight_file_bytes(model)) + kv_cache_bytes + PROCESS_BYTES + extra_bytes
+    process = PROCESS_BYTES + (COMPILER_BYTES if compiled else 0)
+    return max(step_bytes, weight_file_bytes(model)) + kv_cache_bytes + process + extra_bytes
 
 
 def engines_bytes(model: str, inspection: dict[str, Any], kv_cache_bytes: int, num_sirius: int) -> int:
