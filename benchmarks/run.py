@@ -154,7 +154,7 @@ def measure(what: Setting, group: int, engines: dict[str, Engine], result: Resul
         for repeat in range(what.repeats)
         for size in what.batches
         for task, prompts in what.prompts.items()
-        for batch in schedule.batches(prompts, size)
+        for batch in schedule.batches(prompts, size)[: what.most_batches]
     ]
     for number, (repeat, size, task, batch) in enumerate(rounds):
         speeds = {}
@@ -258,6 +258,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description="Measures arms side by side on real prompts.")
     setting.add_arguments(parser)
     setting.add_prompt_arguments(parser)
+    parser.add_argument(
+        "--most-batches",
+        type=setting.positive,
+        metavar="N",
+        help="of a task and batch size in a repeat, at most so many batches (default: as many as the prompts make)",
+    )
     parser.add_argument("--answers", action="store_true", help="score GSM8K answers by their final number")
     parser.add_argument(
         "--costs",

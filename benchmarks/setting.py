@@ -42,6 +42,7 @@ class Setting:
         max_tokens: Most tokens per answer.
         repeats: How often everything is measured.
         folder: Takes results and logs.
+        most_batches: Most batches of a task and size in a repeat; ``None`` for all that the prompts make.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Setting:
     max_tokens: int
     repeats: int
     folder: Path
+    most_batches: int | None = None
 
     def engine_options(self, arm: Configuration) -> dict[str, Any]:
         """Arguments of `vllm.LLM` for an arm.
@@ -149,7 +151,9 @@ def prepare(given: argparse.Namespace, with_prompts: bool = True) -> Setting:
         "disable_log_stats": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    return Setting(given.model, name, arms, engine, report, found, batch_sizes, given.max_tokens, given.repeats, folder)
+    most = getattr(given, "most_batches", None)
+    sizes = (batch_sizes, given.max_tokens, given.repeats)
+    return Setting(given.model, name, arms, engine, report, found, *sizes, folder, most)
 
 
 def new_result(kind: str, setting: Setting, given: argparse.Namespace) -> Result:
