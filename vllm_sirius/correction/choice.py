@@ -17,7 +17,7 @@ from vllm_sirius.ffn.kernels.native import SWITCH
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 MOST_TOKENS = 16
-REPEATS = 5
+REPEATS = 15
 """Timed runs, of which the fastest counts, after one that is not timed."""
 
 CLEARLY_FASTER = 0.9
