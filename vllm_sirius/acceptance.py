@@ -38,10 +38,9 @@ def accept_by_threshold(
         ``bool [N]``: whether each draft token passes, seen on its own.
     """
     rows = draft_token_ids.clamp_min(0).long().unsqueeze(1)
-    scaled = target_logits.float() / temperature.unsqueeze(1)
-    drafted = scaled.gather(1, rows).squeeze(1)
-    likelihood = (drafted - scaled.logsumexp(dim=-1)).exp()
-    passes = (likelihood >= threshold) & (drafted > float("-inf"))
+    likelihood = (target_logits.float() / temperature.unsqueeze(1)).softmax(dim=-1).gather(1, rows).squeeze(1)
+    possible = target_logits.gather(1, rows).squeeze(1) > float("-inf")
+    passes = (likelihood >= threshold) & possible
     return (passes | (own_token_ids == draft_token_ids)) & (draft_token_ids >= 0)
 
 

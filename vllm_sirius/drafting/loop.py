@@ -60,7 +60,8 @@ def draft_tokens(requests: Sequence[DraftRequest], forward: DraftForward, rule: 
         if not active:
             break
         logits = forward([request.row for request in active], token_ids, positions)
-        token_ids = logits.argmax(dim=-1).to(torch.int32)
+        # `max` finds the same token as `argmax`, which PyTorch runs six times slower on bfloat16.
+        token_ids = logits.max(dim=-1).indices.to(torch.int32)
         goes_on = [token_id not in r.end_token_ids for r, token_id in zip(active, token_ids.tolist(), strict=True)]
         active, (token_ids, positions, logits) = _keep(active, goes_on, (token_ids, positions, logits))
         accepted = rule.proposed([request.row for request in active], logits)

@@ -46,7 +46,7 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any) -> Step
         target.compute_logits(hidden_states).argmax(dim=-1)
 
     def draft_step(token_ids: torch.Tensor, positions: torch.Tensor) -> None:
-        draft.compute_logits(draft.forward(token_ids, positions, None)).argmax(dim=-1)
+        draft.compute_logits(draft.forward(token_ids, positions, None)).max(dim=-1)
 
     scheduler = vllm_config.scheduler_config
     kernel_size = vllm_config.speculative_config.sirius.kernel_size
