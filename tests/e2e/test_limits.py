@@ -41,7 +41,8 @@ def test_threshold_of_zero_accepts_every_draft_of_other_models(host, name):
 
 @pytest.mark.parametrize("sparsity", ["coarse", "fine"])
 def test_density_of_one_accepts_every_draft(host, sparsity):
-    check_all_accepted(host, SMOL, {"density": 1.0, "sparsity": sparsity, "acceptance": "lossless"})
+    options = {"density": 1.0, "sparsity": sparsity, "acceptance": "lossless", "draft_weights": "shared"}
+    check_all_accepted(host, SMOL, options)
 
 
 @v2_is_slow

@@ -43,12 +43,18 @@ def questions(task: str, count: int) -> list[str]:
     file, field = files[task]
     path = DATA / file
     if not path.is_file():
-        return [OWN_QUESTIONS[i % len(OWN_QUESTIONS)] + " " * (i // len(OWN_QUESTIONS)) for i in range(count)]
+        return [_own_question(i, parts=3 if task == "gsm8k" else 8) for i in range(count)]
     lines = path.read_text(encoding="utf-8").splitlines()[:count]
     found = [json.loads(line)[field] for line in lines]
     if task == "humaneval":
         found = [f"Complete this Python function.\n```python\n{prompt}```" for prompt in found]
     return found
+
+
+def _own_question(number: int, parts: int) -> str:
+    """As long as a question of a task, which several of ours together are."""
+    chosen = (OWN_QUESTIONS[(number + i) % len(OWN_QUESTIONS)] for i in range(parts))
+    return f"Number {number + 1}. " + " ".join(chosen)
 
 
 @functools.cache

@@ -20,21 +20,17 @@ void sirius_panel_linear(const void* inputs, const void* panels, const float* bi
                          int64_t width, int64_t num_outputs, int products, int num_threads) {
 #if defined(SIRIUS_AVX512)
     using namespace sirius;
-    PanelLayer layer{static_cast<const BFloat16*>(inputs), static_cast<const BFloat16*>(panels), bias,
-                     static_cast<BFloat16*>(output), nullptr, width, num_outputs};
     struct Prepared { float value; };
-    layer.prepared = reinterpret_cast<float*>(workspace<Prepared>(2 * layer.pairs() * kPanelTokens));
     const bool by_pairs = kHasPairs && Products(products) == Products::kPairs;
-    const int64_t passes = (num_tokens + kPanelTokens - 1) / kPanelTokens;
-    for (int64_t pass = 0; pass < passes; pass++) {
-        // Passes of about the same size: one of a single token would cost almost as much as one of several.
-        const int64_t first = num_tokens * pass / passes;
-        const int tokens = int(num_tokens * (pass + 1) / passes - first);
+    PanelLayer layer{nullptr, static_cast<const BFloat16*>(panels), bias, nullptr, nullptr, width, num_outputs};
+    const int64_t most = std::min(num_tokens, kBlockTokens);
+    layer.prepared = reinterpret_cast<float*>(workspace<Prepared>(2 * layer.pairs() * most));
+    for (int64_t first = 0; first < num_tokens; first += kBlockTokens) {
         layer.inputs = static_cast<const BFloat16*>(inputs) + first * width;
         layer.output = static_cast<BFloat16*>(output) + first * num_outputs;
+        const PanelPasses passes{layer, std::min(kBlockTokens, num_tokens - first)};
         auto body = [&](Member member) {
-            by_pairs ? run_layer<Products::kPairs>(layer, tokens, member)
-                     : run_layer<Products::kFloats>(layer, tokens, member);
+            by_pairs ? run_passes<Products::kPairs>(passes, member) : run_passes<Products::kFloats>(passes, member);
         };
         run_team(num_threads, body);
     }

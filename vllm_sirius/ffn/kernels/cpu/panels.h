@@ -29,6 +29,8 @@ constexpr bool kHasPairs = false;
 
 constexpr int kPanel = 16;            // outputs of a panel
 constexpr int kPanelTokens = 16;      // most tokens of a pass: one register each, and some to spare
+constexpr int64_t kBlockTokens = 128;        // tokens whose passes share the weights in the cache
+constexpr int64_t kChunkBytes = 256 * 1024;  // of weights that stay in the second-level cache, inputs beside them
 // Panels in work together: enough sums to hide the latency of an addition, as far as there are registers.
 constexpr int panels_together(Products products, int tokens) {
     const int most_for_two = products == Products::kPairs ? 14 : 11;
@@ -144,23 +146,54 @@ void prepare(const PanelLayer& layer, int tokens, Member member) {
     }
 }
 
-// One member's part of a pass of kTokens tokens.
+// Panels [panel, end) for kTokens tokens.
 template <Products kProducts, int kTokens>
-void run_layer(const PanelLayer& layer, Member member) {
-    prepare<kProducts>(layer, kTokens, member);
-    member.wait();
+void run_range(const PanelLayer& layer, int64_t panel, int64_t end) {
     constexpr int kPanels = panels_together(kProducts, kTokens);
-    int64_t panel = member.begin(layer.num_panels(), 1);
-    const int64_t end = member.end(layer.num_panels(), 1);
     for (; panel + kPanels <= end; panel += kPanels) run_panels<kProducts, kTokens, kPanels>(layer, panel);
     for (; panel < end; panel++) run_panels<kProducts, kTokens, 1>(layer, panel);
 }
 
 template <Products kProducts, int kTokens = kPanelTokens>
-void run_layer(const PanelLayer& layer, int tokens, Member member) {
+void run_range(const PanelLayer& layer, int tokens, int64_t panel, int64_t end) {
     if constexpr (kTokens > 0) {
-        tokens == kTokens ? run_layer<kProducts, kTokens>(layer, member)
-                          : run_layer<kProducts, kTokens - 1>(layer, tokens, member);
+        tokens == kTokens ? run_range<kProducts, kTokens>(layer, panel, end)
+                          : run_range<kProducts, kTokens - 1>(layer, tokens, panel, end);
+    }
+}
+
+// Tokens in passes of about the same size: one of a single token would cost almost as much as one of several.
+struct PanelPasses {
+    PanelLayer layer;  // of all tokens; `prepared` has room for them
+    int64_t num_tokens;
+
+    int64_t count() const { return (num_tokens + kPanelTokens - 1) / kPanelTokens; }
+    int64_t first(int64_t pass) const { return num_tokens * pass / count(); }
+    int tokens(int64_t pass) const { return int(first(pass + 1) - first(pass)); }
+    PanelLayer of(int64_t pass) const {
+        PanelLayer part = layer;
+        part.inputs += first(pass) * layer.width;
+        part.output += first(pass) * layer.num_outputs;
+        part.prepared += first(pass) * 2 * layer.pairs();
+        return part;
+    }
+    // Panels that all passes go through before the next ones are read: few enough to stay in the second-level cache.
+    int64_t panels_of_chunk() const {
+        const int64_t bytes = layer.pairs() * 2 * kPanel * int64_t(sizeof(BFloat16));
+        return count() == 1 ? layer.num_panels() : std::max<int64_t>(2, kChunkBytes / bytes);
+    }
+};
+
+// One member's part.
+template <Products kProducts>
+void run_passes(const PanelPasses& passes, Member member) {
+    for (int64_t pass = 0; pass < passes.count(); pass++) prepare<kProducts>(passes.of(pass), passes.tokens(pass), member);
+    member.wait();
+    const int64_t end = member.end(passes.layer.num_panels(), 1), step = passes.panels_of_chunk();
+    for (int64_t start = member.begin(passes.layer.num_panels(), 1); start < end; start += step) {
+        for (int64_t pass = 0; pass < passes.count(); pass++) {
+            run_range<kProducts>(passes.of(pass), passes.tokens(pass), start, std::min(start + step, end));
+        }
     }
 }
 
