@@ -64,21 +64,16 @@ def resolve_draft(vllm_config: Any, copies: bool) -> SiriusConfig:
     return resolved
 
 
-def draft_masked(vllm_config: Any, given: SiriusConfig) -> SiriusConfig:
+def draft_masked(vllm_config: Any, given: SiriusConfig) -> None:
     """Takes back what `resolve_draft` decided: drafts turn out to run masked on the target's own weights.
 
     Args:
         vllm_config: The config of a worker of Sirius.
-        given: The knobs as the user gave them.
-
-    Returns:
-        The knobs.
+        given: The knobs as the user gave them, none of which needs copies.
     """
+    decided = given.resolved(copies=False)
     speculative = vllm_config.speculative_config
-    sparsity = "coarse" if given.sparsity == "auto" else given.sparsity
-    speculative.sirius = replace(speculative.sirius, sparsity=sparsity, draft_weights="shared")
-    masked: SiriusConfig = speculative.sirius
-    return masked
+    speculative.sirius = replace(speculative.sirius, sparsity=decided.sparsity, draft_weights=decided.draft_weights)
 
 
 def record_target_kernels(vllm_config: Any, panels: bool) -> None:
