@@ -67,8 +67,10 @@ def test_ffn_matches_its_twin(num_neurons, width, activation):
         actual = panels_ffn(inputs, interleave(gate, up), down, activation).float()
         expected = reference.ffn(inputs, gate, up, down, activation).float()
         # A hidden value on a rounding boundary may come out one step apart: 1 / 127 of the largest of its 64 neurons, in a
-        # few places; a wrong scale, neuron or sign is wrong everywhere.
-        wrong = (actual - expected).abs() > 0.02 * expected.abs() + 0.02 * expected.abs().amax(-1, keepdim=True)
+        # few places; a wrong scale, neuron or sign is wrong everywhere. Where GELU's tail cancels to next to nothing (1e-6 of
+        # its input), no digit of it is certain, and a single neuron may have nothing else.
+        largest = expected.abs().amax(-1, keepdim=True)
+        wrong = (actual - expected).abs() > 0.02 * expected.abs() + 0.02 * largest + 1e-5
         assert wrong.float().mean() < 0.01
         assert (actual - expected).norm() <= 0.01 * expected.norm() + 1e-6
 
