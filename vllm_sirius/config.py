@@ -23,6 +23,7 @@ TARGET_KERNELS = ("auto", "vllm", "sirius")
 
 MIN_KERNEL_SIZE = 2
 MAX_KERNEL_SIZE = 128
+MAX_LOOKUP_TOKENS = 31
 """vLLM's rejection sampler takes at most 128 draft tokens a request; the drafts are ``kernel_size - 1``."""
 
 ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size")
@@ -62,6 +63,9 @@ class SiriusConfig:
             authors' code, absent from the paper's Algorithm 1). Sampling requests use their own temperature.
         adaptive: Let each request's draft length follow its recent acceptance; ``False`` always drafts
             ``kernel_size - 1`` tokens.
+        lookup_tokens: Most tokens that a draft step checks beside the one it drafts: guesses of what follows, looked up in
+            the request's own text. As many are taken as pay by measured cost; the draft stays the same and gets cheaper.
+            0 looks nothing up. Model Runner V2 drafts token by token.
         tree_width: Draft branches per position. Only 1 for now.
     """
 
@@ -77,6 +81,7 @@ class SiriusConfig:
     threshold: float = 0.1
     threshold_temperature: float = 0.6
     adaptive: bool = True
+    lookup_tokens: int = 7
     tree_width: int = 1
 
     def __post_init__(self) -> None:
@@ -112,6 +117,7 @@ class SiriusConfig:
                 "code, or 1.0 for the plain likelihood."
             )
         _require_bool("adaptive", self.adaptive)
+        _require_int("lookup_tokens", self.lookup_tokens, 0, MAX_LOOKUP_TOKENS)
         _require_int("tree_width", self.tree_width, 1, None)
         self._check_supported()
 

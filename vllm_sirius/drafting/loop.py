@@ -1,20 +1,25 @@
-"""Greedy drafting with the reduced target: one token per running request and step."""
+"""Greedy drafting with the reduced target: at least one token per running request and step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from vllm_sirius.drafting.lookup import NO_GUESS, Guess, Lookup
 from vllm_sirius.drafting.policy import LengthRule
 
-DraftForward = Callable[[list[int], torch.Tensor, torch.Tensor], torch.Tensor]
-"""Runs one draft step: (rows, token_ids ``int32 [n]``, positions ``int64 [n]``) -> logits ``[n, vocabulary]``.
+DraftForward = Callable[[list[int], list[int], torch.Tensor, torch.Tensor], torch.Tensor]
+"""Runs one draft step: (rows, counts, token_ids ``int32 [n]``, positions ``int64 [n]``) -> logits ``[n, vocabulary]``.
 
-`rows` are the batch rows that still draft, in ascending order; entry i of the tensors belongs to ``rows[i]``. The step
-writes the K/V of each token into the slot of its position.
+`rows` are the batch rows that still draft, in ascending order; the tensors hold ``counts[i]`` successive tokens of
+``rows[i]``, one row after the other. The step writes the K/V of each token into the slot of its position.
 """
+
+NO_TEXT: NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class DraftRequest:
         position: Position of that token.
         max_draft_tokens: Most tokens to draft, at least one.
         end_token_ids: Tokens that end the text. The draft never proposes one: only the target ends a text.
+        text: Its token ids up to the last one, ``int32 [position + 1]``, to look guesses up in; empty for no guesses.
     """
 
     row: int
@@ -34,51 +40,140 @@ class DraftRequest:
     position: int
     max_draft_tokens: int
     end_token_ids: frozenset[int]
+    text: NDArray[np.int32] = field(default_factory=lambda: NO_TEXT, compare=False)
 
 
-def draft_tokens(requests: Sequence[DraftRequest], forward: DraftForward, rule: LengthRule) -> dict[int, list[int]]:
+@dataclass(eq=False)
+class _Draft:
+    """A draft in the making, and its part of the running step.
+
+    Attributes:
+        request: Whose it is.
+        token_ids: The draft so far.
+        guess: What the running step checks along.
+        start: Where its tokens are in the running step.
+        num_right: Tokens of the guess that turned out right so far.
+    """
+
+    request: DraftRequest
+    token_ids: list[int] = field(default_factory=list)
+    guess: Guess = NO_GUESS
+    start: int = 0
+    num_right: int = 0
+
+    @property
+    def fed(self) -> list[int]:
+        """Tokens that a step reads for it."""
+        return [self.token_ids[-1] if self.token_ids else self.request.last_token_id, *self.guess.token_ids]
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still grow by."""
+        return self.request.max_draft_tokens - len(self.token_ids)
+
+    @property
+    def output(self) -> int:
+        """Where in the running step's output its next token is."""
+        return self.start + self.num_right
+
+    def text(self) -> NDArray[np.int32]:
+        """The request's text with the draft."""
+        text = self.request.text
+        return np.concatenate([text, np.array(self.token_ids, dtype=np.int32)]) if len(text) else text
+
+    def grow(self, token_id: int) -> bool:
+        """Takes one more token over; whether it was guessed, so that the running step also knows the one after it."""
+        self.token_ids.append(token_id)
+        guessed = self.guess.token_ids[self.num_right : self.num_right + 1] == (token_id,)
+        self.num_right += guessed
+        return guessed
+
+
+def draft_tokens(
+    requests: Sequence[DraftRequest], forward: DraftForward, rule: LengthRule, lookup: Lookup | None = None
+) -> dict[int, list[int]]:
     """Drafts for every request until its limit, its first end token or the end of what pays.
 
-    Step i feeds the token at ``position + i`` and writes its K/V there, exactly where the next correction pass of the
-    target rewrites it. A request that is done leaves the batch of the following steps.
+    A step feeds the last token of a draft, at its position, and the guesses of what follows; K/V go exactly where the next
+    correction pass of the target rewrites them, or a later step where a guess was wrong. Guesses never go beyond the slots
+    of the longest draft. A request that is done leaves the batch of the following steps.
 
     Args:
         requests: The requests to draft for, in ascending order of their rows.
         forward: One draft step.
         rule: Decides what pays.
+        lookup: Guesses tokens that a step checks along; without it each step drafts one.
 
     Returns:
         Row -> draft tokens, an empty list where the first token already was an end token or would not pay.
     """
-    drafts: dict[int, list[int]] = {request.row: [] for request in requests}
-    active = list(requests)
-    token_ids = torch.tensor([request.last_token_id for request in active], dtype=torch.int32)
-    positions = torch.tensor([request.position for request in active], dtype=torch.int64)
+    drafts = [_Draft(request) for request in requests]
+    active = drafts
     while active:
-        chosen = set(rule.choose([request.row for request in active]))
-        active, (token_ids, positions) = _keep(active, [r.row in chosen for r in active], (token_ids, positions))
+        chosen = set(rule.choose([draft.request.row for draft in active]))
+        active = [draft for draft in active if draft.request.row in chosen]
         if not active:
             break
-        logits = forward([request.row for request in active], token_ids, positions)
-        # `max` finds the same token as `argmax`, which PyTorch runs six times slower on bfloat16.
-        token_ids = logits.max(dim=-1).indices.to(torch.int32)
-        goes_on = [token_id not in r.end_token_ids for r, token_id in zip(active, token_ids.tolist(), strict=True)]
-        active, (token_ids, positions, logits) = _keep(active, goes_on, (token_ids, positions, logits))
-        accepted = rule.proposed([request.row for request in active], logits)
-        active, (token_ids, positions) = _keep(active, accepted, (token_ids, positions))
-        for request, token_id in zip(active, token_ids.tolist(), strict=True):
-            drafts[request.row].append(token_id)
-        below = [len(drafts[request.row]) < request.max_draft_tokens for request in active]
-        active, (token_ids, positions) = _keep(active, below, (token_ids, positions + 1))
-    return drafts
+        _guess(active, lookup)
+        active = _step(active, forward, rule, lookup)
+    return {draft.request.row: draft.token_ids for draft in drafts}
 
 
-def _keep(
-    requests: list[DraftRequest], kept: list[bool], tensors: tuple[torch.Tensor, ...]
-) -> tuple[list[DraftRequest], tuple[torch.Tensor, ...]]:
-    """The requests that stay, and their rows of the tensors."""
-    if all(kept):
-        return requests, tensors
-    mask = torch.tensor(kept)
-    stay = [request for request, keep in zip(requests, kept, strict=True) if keep]
-    return stay, tuple(tensor[mask] for tensor in tensors)
+def _guess(drafts: Sequence[_Draft], lookup: Lookup | None) -> None:
+    if lookup is None:
+        return
+    # The last token of a full draft is never fed, so it is no use to guess it.
+    guesses = lookup.guess([draft.text() for draft in drafts], [draft.room - 1 for draft in drafts])
+    for draft, guess in zip(drafts, guesses, strict=True):
+        draft.guess = guess
+
+
+def _step(drafts: Sequence[_Draft], forward: DraftForward, rule: LengthRule, lookup: Lookup | None) -> list[_Draft]:
+    """Runs one step and takes its tokens over. Returns the drafts that go on, in their order."""
+    fed: list[int] = []
+    positions: list[int] = []
+    for draft in drafts:
+        draft.start, draft.num_right = len(fed), 0
+        first = draft.request.position + len(draft.token_ids)
+        positions += range(first, first + len(draft.fed))
+        fed += draft.fed
+    logits = forward(
+        [draft.request.row for draft in drafts],
+        [len(draft.fed) for draft in drafts],
+        torch.tensor(fed, dtype=torch.int32),
+        torch.tensor(positions, dtype=torch.int64),
+    )
+    before = [len(draft.token_ids) for draft in drafts]
+    going = _take_over(drafts, logits, rule)
+    grown = [len(draft.token_ids) - length for draft, length in zip(drafts, before, strict=True)]
+    rule.stepped(len(fed), sum(grown))
+    if lookup is not None:
+        for draft, num_new in zip(drafts, grown, strict=True):
+            # One token more than was guessed right: the draft went on, and otherwise than guessed if a guess is left.
+            wrong = draft.num_right < len(draft.guess.token_ids) and num_new > draft.num_right
+            lookup.judged(draft.guess, draft.num_right, wrong)
+    return [draft for draft in drafts if draft in going]
+
+
+def _take_over(drafts: Sequence[_Draft], logits: torch.Tensor, rule: LengthRule) -> set[_Draft]:
+    """Grows the drafts by what a step found, token by token while guesses were right. Returns those that go on."""
+    # `max` finds the same token as `argmax`, which PyTorch runs six times slower on bfloat16.
+    picks = logits.max(dim=-1).indices.tolist()
+    going = set()
+    known = list(drafts)
+    while known:
+        known = [draft for draft in known if picks[draft.output] not in draft.request.end_token_ids]
+        outputs = [draft.output for draft in known]
+        kept = rule.proposed([draft.request.row for draft in known], _rows(logits, outputs))
+        known = [draft for draft, keep in zip(known, kept, strict=True) if keep]
+        guessed = [draft.grow(picks[draft.output]) for draft in known]
+        going.update(draft for draft, more in zip(known, guessed, strict=True) if not more and draft.room)
+        known = [draft for draft, more in zip(known, guessed, strict=True) if more]
+    return going
+
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows of the logits, without a copy where it is all of them or one run."""
+    if rows and rows[-1] - rows[0] == len(rows) - 1:
+        return logits[rows[0] : rows[-1] + 1]
+    return logits[rows]

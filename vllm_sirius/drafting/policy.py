@@ -34,6 +34,9 @@ FIRST_PROBE_STEPS = 128
 LAST_PROBE_STEPS = 1024
 """Where drafting does not pay, a short draft every so many steps notices when it does again; ever rarer."""
 
+PACE_MEMORY = 0.05
+"""Weight of one draft step in how much faster guesses make drafting."""
+
 LOOKAHEAD = (1, 2, 4, 8)
 """Numbers of further draft steps that are weighed."""
 
@@ -76,6 +79,14 @@ class LengthRule(Protocol):
             logits: Its logits, ``[len(rows), vocabulary]``.
         """
 
+    def stepped(self, num_fed: int, num_drafted: int) -> None:
+        """Takes in that a draft step is over.
+
+        Args:
+            num_fed: Tokens it was fed: the last one of each draft, and guesses.
+            num_drafted: Tokens that became part of drafts.
+        """
+
 
 class FullLength:
     """Every row drafts to its limit."""
@@ -87,6 +98,9 @@ class FullLength:
     def proposed(self, rows: Sequence[int], logits: torch.Tensor) -> list[bool]:
         """See `LengthRule.proposed`."""
         return [True] * len(rows)
+
+    def stepped(self, num_fed: int, num_drafted: int) -> None:
+        """See `LengthRule.stepped`."""
 
 
 class DraftPolicy:
@@ -103,8 +117,9 @@ class DraftPolicy:
         self._drafts: dict[int, Draft] = {}
         self._num_rows = 0
         self._num_drafted = 0
-        self._num_chosen = 0
+        self._num_steps = self._num_chosen = 0
         self._step_started = 0.0
+        self._pace = 1.0
         self._probe = _Probe()
         self._mean_rate = FIRST_RATE
 
@@ -121,7 +136,7 @@ class DraftPolicy:
         """
         self._drafts = {draft.row: draft for draft in drafts}
         self._num_rows = max(num_rows, 1)
-        self._num_drafted = 0
+        self._num_drafted = self._num_steps = 0
         self._probe.begin_step()
         for draft in drafts:
             draft.acceptance.begin()
@@ -148,13 +163,12 @@ class DraftPolicy:
 
     def _pays(self, drafts: Sequence[Draft], steps: int, worth: float) -> bool:
         gain = sum(_expected(draft, steps) for draft in drafts)
-        seconds = steps * self.costs.draft.seconds(len(drafts)) + self._seconds_longer(steps * len(drafts))
+        drafting = steps * self.costs.draft.seconds(len(drafts)) / self._pace
+        seconds = drafting + self._seconds_longer(steps * len(drafts))
         return gain >= worth * seconds
 
     def proposed(self, rows: Sequence[int], logits: torch.Tensor) -> list[bool]:
         """See `LengthRule.proposed`."""
-        if self._num_drafted > 0:  # the first step also chooses the neurons
-            self.costs.draft.observe(self._num_chosen, time.perf_counter() - self._step_started)
         kept = []
         longer = self._rate().value * self._seconds_per_token()
         for row, draft_confidence in zip(rows, confidence(logits).tolist(), strict=True):
@@ -167,6 +181,16 @@ class DraftPolicy:
             self._mean_rate += MEAN_MEMORY * (draft.acceptance.next_rate - self._mean_rate)
             kept.append(keep)
         return kept
+
+    def stepped(self, num_fed: int, num_drafted: int) -> None:
+        """See `LengthRule.stepped`."""
+        if self._num_steps > 0:  # the first step also chooses the neurons
+            self.costs.draft.observe(num_fed, time.perf_counter() - self._step_started)
+        self._num_steps += 1
+        # Right guesses make a step worth several; wrong ones only make it longer.
+        worth = max(num_drafted / self._num_chosen, 1.0)
+        pace = worth * self.costs.draft.seconds(self._num_chosen) / self.costs.draft.seconds(num_fed)
+        self._pace += PACE_MEMORY * (max(pace, 0.5) - self._pace)
 
     def observe_step(self, num_rows: int, num_tokens: int, num_emitted: int, target: float, draft: float) -> None:
         """Takes in what one whole step gave and took.

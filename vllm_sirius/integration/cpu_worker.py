@@ -28,10 +28,11 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
             module.CPUModelRunner = upstream
 
     def compile_or_warm_up_model(self) -> Any:
-        """As upstream; then measures the costs that adaptive lengths are judged by."""
+        """As upstream; then measures the costs that adaptive lengths and guesses are judged by."""
         times = super().compile_or_warm_up_model()
-        if self.vllm_config.speculative_config.sirius.adaptive and not self.use_v2_model_runner:
-            announce(self.model_runner.measure_costs(), self.vllm_config.speculative_config.sirius)
+        config = self.vllm_config.speculative_config.sirius
+        if (config.adaptive or config.lookup_tokens) and not self.use_v2_model_runner:
+            announce(self.model_runner.measure_costs(), config)
         return times
 
     def sirius_costs(self) -> dict[str, dict[str, float]]:

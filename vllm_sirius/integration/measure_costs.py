@@ -49,11 +49,12 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any) -> Step
         draft.compute_logits(draft.forward(token_ids, positions, None)).max(dim=-1)
 
     scheduler = vllm_config.scheduler_config
-    kernel_size = vllm_config.speculative_config.sirius.kernel_size
+    config = vllm_config.speculative_config.sirius
     most_rows = scheduler.max_num_seqs
-    most_tokens = min(most_rows * kernel_size, scheduler.max_num_batched_tokens)
+    most_tokens = min(most_rows * config.kernel_size, scheduler.max_num_batched_tokens)
+    most_fed = most_rows * (1 + config.lookup_tokens)
     return StepCosts(
-        draft={rows: _seconds(draft_step, rows) for rows in DRAFT_ROWS if rows <= most_rows},
+        draft={rows: _seconds(draft_step, rows) for rows in DRAFT_ROWS if rows <= most_fed},
         target={tokens: _seconds(target_pass, tokens) for tokens in TARGET_TOKENS if tokens <= most_tokens},
     )
 

@@ -166,7 +166,7 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     assert config is not None
     dtype = vllm_config.model_config.dtype
     if ffns.backend is not None and device.type == "cpu":
-        measure_switch(ffns, vllm_config.scheduler_config.max_num_seqs, dtype)
+        measure_switch(ffns, vllm_config.scheduler_config.max_num_seqs * (1 + config.lookup_tokens), dtype)
     draft = DraftModel(target.model, ffns, vllm_config)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)

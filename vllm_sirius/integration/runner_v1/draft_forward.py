@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from vllm_sirius.integration.draft_model import DraftModel
 
 
 def draft_slot_mapping(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
-    """KV slots of one position per request.
+    """KV slots of positions.
 
     Args:
-        block_table: Blocks of each request, ``int [n, blocks]``.
+        block_table: Blocks of the request of each position, ``int [n, blocks]``.
         positions: ``int64 [n]``.
         block_size: Tokens per block.
 
@@ -45,27 +46,33 @@ class DraftForward:
         self._common = common_attn_metadata
         self._draft = draft
 
-    def __call__(self, rows: list[int], token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, rows: list[int], counts: list[int], token_ids: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         """Runs the step; see `drafting.loop.DraftForward`."""
         if self._prepare is not None:
             self._prepare()
             self._prepare = None
-        attn_metadata, slot_mapping = self._attention(rows, positions)
+        attn_metadata, slot_mapping = self._attention(rows, counts, positions)
         hidden_states = self._draft.forward(token_ids, positions, attn_metadata, slot_mapping=slot_mapping)
         return self._draft.compute_logits(hidden_states)
 
-    def _attention(self, rows: list[int], positions: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def _attention(
+        self, rows: list[int], counts: list[int], positions: torch.Tensor
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         runner = self._runner
         attn_metadata: dict[str, Any] = {}
         slot_mapping: dict[str, torch.Tensor] = {}
-        common = self._common_for(rows, positions)
+        common = self._common_for(counts, positions)
+        owners = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
         for group_id, groups in enumerate(runner.attn_groups):
             spec = runner.kv_cache_config.kv_cache_groups[group_id].kv_cache_spec
             assert isinstance(spec, AttentionSpec), f"KV cache group {group_id} is {type(spec).__name__}"
             table = runner.input_batch.block_table[group_id]
+            blocks = table.block_table.gpu
             group_common = copy.copy(common)
-            group_common.block_table_tensor = table.block_table.gpu[rows]
-            group_common.slot_mapping = draft_slot_mapping(group_common.block_table_tensor, positions, table.block_size)
+            group_common.block_table_tensor = blocks[rows]
+            group_common.slot_mapping = draft_slot_mapping(blocks[owners], positions, table.block_size)
             for group in groups:
                 metadata = group.build_metadata(group_common)
                 for layer_name in group.layer_names:
@@ -73,17 +80,18 @@ class DraftForward:
                     slot_mapping[layer_name] = group_common.slot_mapping
         return attn_metadata, slot_mapping
 
-    def _common_for(self, rows: list[int], positions: torch.Tensor) -> Any:
-        """The metadata of a pass with one token for each of `rows`."""
+    def _common_for(self, counts: list[int], positions: torch.Tensor) -> Any:
+        """The metadata of a pass with so many successive tokens of each row."""
         common = copy.copy(self._common)
-        count = len(rows)
-        common.num_reqs = common.num_actual_tokens = count
-        common.max_query_len = 1
-        common.query_start_loc = common.query_start_loc_cpu = torch.arange(count + 1, dtype=torch.int32)
-        common.seq_lens = (positions + 1).to(torch.int32)
+        starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        common.num_reqs = len(counts)
+        common.num_actual_tokens = len(positions)
+        common.max_query_len = max(counts)
+        common.query_start_loc = common.query_start_loc_cpu = starts
+        common.seq_lens = (positions[starts[1:].long() - 1] + 1).to(torch.int32)
         common.seq_lens_cpu_upper_bound = common.seq_lens
         common.max_seq_len = int(common.seq_lens.max())
         common.positions = positions
-        common.is_prefilling = torch.zeros(count, dtype=torch.bool)
+        common.is_prefilling = torch.zeros(len(counts), dtype=torch.bool)
         common._num_computed_tokens_cache = common._token_to_req_indices_cache = None
         return common

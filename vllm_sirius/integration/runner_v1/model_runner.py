@@ -9,6 +9,7 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.loop import draft_tokens
 from vllm_sirius.drafting.policy import DraftPolicy
 from vllm_sirius.integration.draft_model import DraftModel
@@ -91,6 +92,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
             req_ids,
             sampled_token_ids,
             self.input_batch.num_tokens_no_spec,
+            self.input_batch.token_ids_cpu,
             scheduler_output.num_spec_tokens_to_schedule,
             (started - self._drafted_at, self._draft_seconds),
         )
@@ -101,7 +103,8 @@ class SiriusCPUModelRunner(CPUModelRunner):
                 self.draft_model,
                 prepare=lambda: self.drafter.select_neurons(req_ids, requests),
             )
-            for row, tokens in draft_tokens(requests, forward, self.drafter.begin_drafts(req_ids, requests)).items():
+            rule = self.drafter.begin_drafts(req_ids, requests)
+            for row, tokens in draft_tokens(requests, forward, rule, self.drafter.lookup).items():
                 drafts[row] = tokens
         self._drafted_at = time.perf_counter()
         self._draft_seconds = self._drafted_at - started
@@ -113,6 +116,8 @@ class SiriusCPUModelRunner(CPUModelRunner):
             self._costs = measure_costs(self.model, self.draft_model, self.vllm_config)
             if self.sirius.adaptive:
                 self.drafter.policy = DraftPolicy(self._costs)
+            if self.sirius.lookup_tokens:
+                self.drafter.lookup = Lookup(self._costs.draft, self.sirius.lookup_tokens)
         return self._costs
 
 

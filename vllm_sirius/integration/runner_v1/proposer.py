@@ -8,6 +8,7 @@ import torch
 
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest
+from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.policy import Draft, DraftPolicy, FullLength, LengthRule
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
@@ -34,6 +35,7 @@ class SiriusProposer:
         self._selector: NeuronSelector | None = None
         self._requests: dict[str, SiriusRequest] = {}
         self.policy: DraftPolicy | None = None
+        self.lookup: Lookup | None = None
         self._max_model_len = vllm_config.model_config.max_model_len
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
@@ -95,6 +97,7 @@ class SiriusProposer:
         req_ids: list[str],
         sampled_token_ids: list[list[int]],
         num_tokens: Any,
+        token_ids: Any,
         num_spec_tokens: int,
         seconds: tuple[float, float],
     ) -> list[DraftRequest]:
@@ -104,6 +107,7 @@ class SiriusProposer:
             req_ids: Requests in batch order.
             sampled_token_ids: Tokens emitted per row, empty for prefill chunks.
             num_tokens: Length of each row's text, the new tokens included, ``int [B]``.
+            token_ids: Text of each row, ``int32 [B, longest]``.
             num_spec_tokens: Most tokens to draft in this step.
             seconds: What the pass and all around it took, and what drafting the tokens that it judged took.
 
@@ -123,7 +127,8 @@ class SiriusProposer:
             if not emitted:
                 continue
             self._take_in(request, len(emitted), first)
-            draft = self._draft_request(row, request, emitted[-1], int(num_tokens[row]), num_spec_tokens)
+            text = token_ids[row, : int(num_tokens[row])]
+            draft = self._draft_request(row, request, text, num_spec_tokens)
             if draft is not None:
                 to_draft.append(draft)
         if decoding and self.policy is not None:
@@ -163,8 +168,9 @@ class SiriusProposer:
             self.statistics.learn_prior(request.slot)
 
     def _draft_request(
-        self, row: int, request: SiriusRequest, last_token_id: int, num_tokens: int, num_spec_tokens: int
+        self, row: int, request: SiriusRequest, text: Any, num_spec_tokens: int
     ) -> DraftRequest | None:
+        last_token_id, num_tokens = int(text[-1]), len(text)
         if not request.enabled or last_token_id in request.end_token_ids:
             return None
         emitted = num_tokens - request.num_prompt_tokens
@@ -172,7 +178,7 @@ class SiriusProposer:
         length = max_useful_draft_tokens(num_spec_tokens, num_tokens - 1, remaining, self._max_model_len)
         if length == 0:
             return None
-        return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids)
+        return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids, text)
 
     def _slots(self, req_ids: list[str]) -> torch.Tensor:
         assert self.statistics is not None

@@ -1,0 +1,190 @@
+"""Guesses what the draft says next from the request's own text, so that one draft step checks several tokens.
+
+Text repeats itself: a name, a number or a line of code that came before often comes again. A draft step that is fed the
+last token and a few guessed ones reads the weights once, like a step of one token, and its outputs say how many of the
+guesses are what the draft would have drafted. Those are kept, the first wrong one and all after it are forgotten: the draft
+is the same token by token, only cheaper. This is prompt lookup (n-gram drafting) one level down; the idea of drafts for the
+draft is staged speculative decoding (arXiv 2308.04623).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_sirius.drafting.costs import CostCurve
+
+LONGEST_MATCH = 4
+"""Tokens at the end of the text that are compared; a longer match says little more."""
+
+MOST_STEP_TOKENS = 32
+"""Most tokens of a draft step with guesses, the most that the draft's kernels take."""
+
+FIRST_RATES = (0.35, 0.55, 0.7, 0.8)
+"""Rates of right guesses by match length that are expected before anything is known."""
+
+PRIOR_GUESSES = 8.0
+"""Weight of `FIRST_RATES`, in guesses."""
+
+MEMORY_GUESSES = 500.0
+"""Older verdicts fade once a rate has seen this many guesses."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What may follow a text.
+
+    Attributes:
+        token_ids: The tokens, the nearest first.
+        match_length: Tokens at the end of the text that stood before them; 0 where there is no guess.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    match_length: int = 0
+
+
+NO_GUESS = Guess()
+
+
+def look_up(text: NDArray[np.int32], most: int) -> Guess:
+    """What followed the last place where the text read as it does at its end.
+
+    Among the earlier places that share the most tokens with the end, up to `LONGEST_MATCH`, the latest counts. Where it is
+    so near that the text ends before `most` tokens, the text is taken to go on repeating.
+
+    Args:
+        text: Token ids, ``int32 [length]``, at least one.
+        most: Most tokens to guess.
+
+    Returns:
+        The guess.
+    """
+    last = len(text) - 1
+    if most < 1 or last < 1:
+        return NO_GUESS
+    places = np.flatnonzero(text[:last] == text[last])
+    if not len(places):
+        return NO_GUESS
+    match_length = 1
+    while match_length < LONGEST_MATCH:
+        longer = places[places >= match_length]
+        longer = longer[text[longer - match_length] == text[last - match_length]]
+        if not len(longer):
+            break
+        places = longer
+        match_length += 1
+    following = text[places[-1] + 1 : places[-1] + 1 + most].tolist()
+    period = len(following)
+    while len(following) < most:
+        following.append(following[-period])
+    return Guess(tuple(following), match_length)
+
+
+class GuessRates:
+    """How often guesses are right, by match length and place in the guess, counted over all requests of an engine.
+
+    Args:
+        most: Most tokens of a guess.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._right = [[PRIOR_GUESSES * rate] * most for rate in FIRST_RATES]
+        self._judged = [[PRIOR_GUESSES] * most for _ in FIRST_RATES]
+
+    def survival(self, match_length: int, count: int) -> list[float]:
+        """Probabilities that the first token of a guess is right, the first two are, and so on.
+
+        Args:
+            match_length: As in `Guess`.
+            count: Tokens of the guess.
+        """
+        chances = []
+        chance = 1.0
+        for right, judged in zip(self._right[match_length - 1][:count], self._judged[match_length - 1], strict=False):
+            chance *= right / judged
+            chances.append(chance)
+        return chances
+
+    def observe(self, match_length: int, num_right: int, num_judged: int) -> None:
+        """Takes in how a guess fared.
+
+        Args:
+            match_length: As in `Guess`.
+            num_right: Tokens at its start that the draft drafted too.
+            num_judged: Tokens of it that can be judged: the right ones, and the first wrong one if there was one.
+        """
+        right, judged = self._right[match_length - 1], self._judged[match_length - 1]
+        for place in range(num_judged):
+            fade = min(1.0, MEMORY_GUESSES / (judged[place] + 1.0))
+            right[place] = right[place] * fade + (place < num_right)
+            judged[place] = judged[place] * fade + 1.0
+
+
+class Lookup:
+    """The guesses of one engine: as many as pay.
+
+    A guess that is right saves its request a draft step; right or wrong it makes the step longer. So a step takes the
+    number of guesses, the likeliest first, that saves the most time.
+
+    Args:
+        costs: Seconds of a draft step by its tokens.
+        most: Most tokens to guess for a request and step.
+    """
+
+    def __init__(self, costs: CostCurve, most: int) -> None:
+        self._costs = costs
+        self._most = most
+        self._rates = GuessRates(most)
+
+    def guess(self, texts: Sequence[NDArray[np.int32]], limits: Sequence[int]) -> list[Guess]:
+        """Guesses for the requests of a draft step.
+
+        Args:
+            texts: Text of each request, its draft so far included.
+            limits: Most tokens that are of use to each.
+
+        Returns:
+            A guess, perhaps an empty one, for each.
+        """
+        room = MOST_STEP_TOKENS - len(texts)
+        found = [look_up(text, min(limit, self._most, room)) for text, limit in zip(texts, limits, strict=True)]
+        chances = [
+            (chance, request)
+            for request, guess in enumerate(found)
+            if guess.match_length
+            for chance in self._rates.survival(guess.match_length, len(guess.token_ids))
+        ]
+        # Along a guess chances only fall, so the likeliest are always the beginnings of guesses.
+        chances.sort(key=lambda entry: -entry[0])
+        counts = [0] * len(texts)
+        for _, request in chances[: self._num_worth([chance for chance, _ in chances[:room]], len(texts))]:
+            counts[request] += 1
+        return [
+            Guess(guess.token_ids[:count], guess.match_length) if count else NO_GUESS
+            for guess, count in zip(found, counts, strict=True)
+        ]
+
+    def judged(self, guess: Guess, num_right: int, wrong: bool) -> None:
+        """Takes in how a guess fared.
+
+        Args:
+            guess: The guess.
+            num_right: Tokens at its start that the draft drafted too.
+            wrong: Whether the draft went on otherwise; else it ended there, which says nothing of the next token.
+        """
+        if guess.match_length:
+            self._rates.observe(guess.match_length, num_right, num_right + wrong)
+
+    def _num_worth(self, chances: Sequence[float], num_requests: int) -> int:
+        """How many of the likeliest guesses to take."""
+        alone = self._costs.seconds(num_requests)
+        best = best_saved = saved = 0.0
+        for count, chance in enumerate(chances, start=1):
+            saved += chance * alone / num_requests
+            worth = saved - (self._costs.seconds(num_requests + count) - alone)
+            if worth > best_saved:
+                best, best_saved = count, worth
+        return int(best)
