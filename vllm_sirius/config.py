@@ -23,8 +23,10 @@ TARGET_KERNELS = ("auto", "vllm", "sirius")
 
 MIN_KERNEL_SIZE = 2
 MAX_KERNEL_SIZE = 128
-MAX_LOOKUP_TOKENS = 31
 """vLLM's rejection sampler takes at most 128 draft tokens a request; the drafts are ``kernel_size - 1``."""
+
+MAX_LOOKUP_TOKENS = 31
+"""The draft's kernels take at most 32 tokens; one of them is no guess."""
 
 ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size")
 """Keys of a speculative config that are vLLM's own and may stand beside the knobs of Sirius."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.drafting.costs import CostCurve, StepCosts
+from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.policy import DraftPolicy
 
 
@@ -62,6 +63,11 @@ def fix_costs(llm: Any, draft: float) -> dict[str, Any]:
     runner.drafter.policy = DraftPolicy(costs)
     runner.drafter.policy.observe_step = lambda *step: None
     return costs.as_dict()
+
+
+def fix_guesses(llm: Any, most: int) -> None:
+    """Makes an engine (Model Runner V1) take all guesses it finds up to so many tokens, as if they cost nothing."""
+    model_runner(llm).drafter.lookup = Lookup(CostCurve({1: 1.0}), most)
 
 
 def measured_costs(llm: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def test_defaults_are_those_of_the_readme():
         threshold=0.1,
         threshold_temperature=0.6,
         adaptive=True,
+        lookup_tokens=7,
         tree_width=1,
     )
     assert config.num_speculative_tokens == 15
@@ -43,6 +44,8 @@ def test_boundary_values_are_taken():
         {"sparsity": "fine"},
         {"acceptance": "lossless"},
         {"draft_weights": "int8"},
+        {"lookup_tokens": 0},
+        {"lookup_tokens": 31},
         {"draft_weights": "int4", "sparsity": "none", "draft_weights_scope": "all"},
         {"acceptance": "lossless", "draft_sampling": "probabilistic"},
     ):
@@ -57,6 +60,9 @@ REFUSED_OPTIONS = [
     ({"kernel_size": 8.0}, ["kernel_size=8.0", "whole number"]),
     ({"kernel_size": True}, ["kernel_size=True", "whole number"]),
     ({"kernel_size": "16"}, ["kernel_size='16'", "whole number"]),
+    ({"lookup_tokens": -1}, ["lookup_tokens=-1", "from 0 to 31"]),
+    ({"lookup_tokens": 32}, ["lookup_tokens=32", "from 0 to 31"]),
+    ({"lookup_tokens": True}, ["lookup_tokens=True", "whole number"]),
     ({"num_speculative_tokens": 0}, ["num_speculative_tokens=0", "from 1 to 127"]),
     ({"num_speculative_tokens": -3}, ["num_speculative_tokens=-3", "from 1 to 127"]),
     (

@@ -59,7 +59,8 @@ def toy_next_token(token_ids, positions):
 
 
 def toy_forward(fed):
-    def forward(rows, token_ids, positions):
+    def forward(rows, counts, token_ids, positions):
+        assert counts == [1] * len(rows)
         fed.append(
             {row: (int(t), int(p)) for row, t, p in zip(rows, token_ids.tolist(), positions.tolist(), strict=True)}
         )

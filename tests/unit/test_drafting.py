@@ -15,7 +15,8 @@ class NextNumber:
     def __init__(self):
         self.steps = []
 
-    def __call__(self, rows, token_ids, positions):
+    def __call__(self, rows, counts, token_ids, positions):
+        assert counts == [1] * len(rows)
         self.steps.append((list(rows), token_ids.tolist(), positions.tolist()))
         return torch.nn.functional.one_hot((token_ids.long() + 1) % VOCABULARY, VOCABULARY).float()
 
@@ -77,6 +78,9 @@ class UpTo:
 
     def proposed(self, rows, logits):
         return [token <= self.last for token in logits.argmax(dim=-1).tolist()]
+
+    def stepped(self, num_fed, num_drafted):
+        pass
 
 
 def test_a_rule_ends_single_rows_and_whole_drafts():

@@ -28,6 +28,7 @@ def run_drafts(policy, drafts, draft_confidence, limit=15, num_rows=None):
         if not rows:
             break
         kept = policy.proposed(rows, logits_of(*[draft_confidence] * len(rows)))
+        policy.stepped(len(rows), sum(kept))
         rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
     return [draft.length for draft in drafts]
 
@@ -166,3 +167,20 @@ def test_a_new_request_is_expected_to_be_like_those_before_it():
     for _ in range(100):
         run_drafts(policy, [Draft(0, trained(policy, SURE, accepted=True, times=20))], SURE)
     assert policy.new_request().next_rate > first
+
+
+def test_right_guesses_make_longer_drafts_pay():
+    """A step that gives four tokens for the price of one is worth four times its cost."""
+    costs = {name: StepCosts({1: 0.6, 8: 0.6}, {1: 1.0, 16: 1.0}) for name in ("alone", "guessed")}
+    lengths = {}
+    for name, num_drafted in (("alone", 1), ("guessed", 4)):
+        policy = DraftPolicy(costs[name])
+        policy.costs.draft.observe = lambda *_: None
+        request = trained(policy, 0.85, accepted=True, times=8)
+        policy.begin([Draft(0, request)], 1)
+        for _ in range(200):
+            policy.choose([0])
+            policy.stepped(4, num_drafted)
+        request.next_rate = 0.6
+        lengths[name] = run_drafts(policy, [Draft(0, request)], 0.85)[0]
+    assert lengths["alone"] < lengths["guessed"]

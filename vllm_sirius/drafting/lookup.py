@@ -10,7 +10,7 @@ draft is staged speculative decoding (arXiv 2308.04623).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,10 +40,17 @@ class Guess:
     Attributes:
         token_ids: The tokens, the nearest first.
         match_length: Tokens at the end of the text that stood before them; 0 where there is no guess.
+        num_taken: How many of the tokens a draft step is to check. The others are only compared with what it drafts.
     """
 
     token_ids: tuple[int, ...] = ()
     match_length: int = 0
+    num_taken: int = 0
+
+    @property
+    def taken(self) -> tuple[int, ...]:
+        """The tokens to check."""
+        return self.token_ids[: self.num_taken]
 
 
 NO_GUESS = Guess()
@@ -143,7 +150,7 @@ class Lookup:
         """Guesses for the requests of a draft step.
 
         Args:
-            texts: Text of each request, its draft so far included.
+            texts: Text of each request, its draft so far included; empty for no guess.
             limits: Most tokens that are of use to each.
 
         Returns:
@@ -162,29 +169,29 @@ class Lookup:
         counts = [0] * len(texts)
         for _, request in chances[: self._num_worth([chance for chance, _ in chances[:room]], len(texts))]:
             counts[request] += 1
-        return [
-            Guess(guess.token_ids[:count], guess.match_length) if count else NO_GUESS
-            for guess, count in zip(found, counts, strict=True)
-        ]
+        return [replace(guess, num_taken=count) for guess, count in zip(found, counts, strict=True)]
 
-    def judged(self, guess: Guess, num_right: int, wrong: bool) -> None:
-        """Takes in how a guess fared.
+    def judged(self, guess: Guess, drafted: Sequence[int]) -> None:
+        """Takes in how a guess fared, taken or not.
 
         Args:
             guess: The guess.
-            num_right: Tokens at its start that the draft drafted too.
-            wrong: Whether the draft went on otherwise; else it ended there, which says nothing of the next token.
+            drafted: What the draft said instead, as far as it is known.
         """
-        if guess.match_length:
-            self._rates.observe(guess.match_length, num_right, num_right + wrong)
+        num_known = min(len(drafted), len(guess.token_ids))
+        num_right = 0
+        while num_right < num_known and drafted[num_right] == guess.token_ids[num_right]:
+            num_right += 1
+        if num_known:
+            self._rates.observe(guess.match_length, num_right, min(num_right + 1, num_known))
 
     def _num_worth(self, chances: Sequence[float], num_requests: int) -> int:
         """How many of the likeliest guesses to take."""
         alone = self._costs.seconds(num_requests)
-        best = best_saved = saved = 0.0
+        best, best_saved, saved = 0, 0.0, 0.0
         for count, chance in enumerate(chances, start=1):
             saved += chance * alone / num_requests
             worth = saved - (self._costs.seconds(num_requests + count) - alone)
             if worth > best_saved:
                 best, best_saved = count, worth
-        return int(best)
+        return best

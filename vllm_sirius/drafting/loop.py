@@ -64,7 +64,7 @@ class _Draft:
     @property
     def fed(self) -> list[int]:
         """Tokens that a step reads for it."""
-        return [self.token_ids[-1] if self.token_ids else self.request.last_token_id, *self.guess.token_ids]
+        return [self.token_ids[-1] if self.token_ids else self.request.last_token_id, *self.guess.taken]
 
     @property
     def room(self) -> int:
@@ -84,7 +84,7 @@ class _Draft:
     def grow(self, token_id: int) -> bool:
         """Takes one more token over; whether it was guessed, so that the running step also knows the one after it."""
         self.token_ids.append(token_id)
-        guessed = self.guess.token_ids[self.num_right : self.num_right + 1] == (token_id,)
+        guessed = self.guess.taken[self.num_right : self.num_right + 1] == (token_id,)
         self.num_right += guessed
         return guessed
 
@@ -145,13 +145,10 @@ def _step(drafts: Sequence[_Draft], forward: DraftForward, rule: LengthRule, loo
     )
     before = [len(draft.token_ids) for draft in drafts]
     going = _take_over(drafts, logits, rule)
-    grown = [len(draft.token_ids) - length for draft, length in zip(drafts, before, strict=True)]
-    rule.stepped(len(fed), sum(grown))
+    rule.stepped(len(fed), sum(len(draft.token_ids) for draft in drafts) - sum(before))
     if lookup is not None:
-        for draft, num_new in zip(drafts, grown, strict=True):
-            # One token more than was guessed right: the draft went on, and otherwise than guessed if a guess is left.
-            wrong = draft.num_right < len(draft.guess.token_ids) and num_new > draft.num_right
-            lookup.judged(draft.guess, draft.num_right, wrong)
+        for draft, length in zip(drafts, before, strict=True):
+            lookup.judged(draft.guess, draft.token_ids[length:])
     return [draft for draft in drafts if draft in going]
 
 
@@ -159,7 +156,7 @@ def _take_over(drafts: Sequence[_Draft], logits: torch.Tensor, rule: LengthRule)
     """Grows the drafts by what a step found, token by token while guesses were right. Returns those that go on."""
     # `max` finds the same token as `argmax`, which PyTorch runs six times slower on bfloat16.
     picks = logits.max(dim=-1).indices.tolist()
-    going = set()
+    going: set[_Draft] = set()
     known = list(drafts)
     while known:
         known = [draft for draft in known if picks[draft.output] not in draft.request.end_token_ids]

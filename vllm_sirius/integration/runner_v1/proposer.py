@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from vllm_sirius.drafting.length import max_useful_draft_tokens
-from vllm_sirius.drafting.loop import DraftRequest
 from vllm_sirius.drafting.lookup import Lookup
+from vllm_sirius.drafting.loop import DraftRequest
 from vllm_sirius.drafting.policy import Draft, DraftPolicy, FullLength, LengthRule
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
@@ -167,9 +167,7 @@ class SiriusProposer:
         if first:
             self.statistics.learn_prior(request.slot)
 
-    def _draft_request(
-        self, row: int, request: SiriusRequest, text: Any, num_spec_tokens: int
-    ) -> DraftRequest | None:
+    def _draft_request(self, row: int, request: SiriusRequest, text: Any, num_spec_tokens: int) -> DraftRequest | None:
         last_token_id, num_tokens = int(text[-1]), len(text)
         if not request.enabled or last_token_id in request.end_token_ids:
             return None

@@ -1,0 +1,190 @@
+"""Guesses looked up in a request's own text: what they are, how many pay, and that the draft stays the same."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_sirius.drafting.costs import CostCurve
+from vllm_sirius.drafting.lookup import LONGEST_MATCH, MOST_STEP_TOKENS, NO_GUESS, Guess, GuessRates, Lookup, look_up
+from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
+from vllm_sirius.drafting.policy import FullLength
+
+VOCABULARY = 9
+FLAT = CostCurve({1: 1.0, 64: 1.0})
+
+
+def text_of(*token_ids):
+    return np.array(token_ids, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ((1, 2, 3), NO_GUESS),
+        ((5,), NO_GUESS),
+        ((7, 8, 9, 4, 7), Guess((8, 9, 4), 1)),
+        # The latest of the places that match best, not the latest of all.
+        ((1, 2, 3, 4, 9, 2, 6, 1, 2), Guess((3, 4, 9), 2)),
+        ((1, 2, 3, 1, 2, 4, 1, 2), Guess((4, 1, 2), 2)),
+        # More than the longest match is not compared: the second place is the later one.
+        ((0, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 6, 0, 1, 2, 3, 4), Guess((6, 0, 1), 4)),
+        # What repeats goes on repeating.
+        ((1, 2, 1, 2), Guess((1, 2, 1), 2)),
+        ((3, 3), Guess((3, 3, 3), 1)),
+    ],
+)
+def test_what_followed_the_last_place_that_matches_best(text, expected):
+    assert look_up(text_of(*text), 3) == expected
+
+
+def test_nothing_is_guessed_where_nothing_is_of_use():
+    assert look_up(text_of(1, 2, 1, 2), 0) == NO_GUESS
+    assert look_up(text_of(), 3) == NO_GUESS
+
+
+@pytest.mark.usefixtures("fresh_input")
+def test_lookup_agrees_with_a_search_by_hand():
+    for _ in range(300):
+        text = [random.randrange(3) for _ in range(random.randrange(1, 40))]
+        best = (0, -1)
+        for place in range(len(text) - 1):
+            length = 0
+            while length < min(LONGEST_MATCH, place + 1) and text[place - length] == text[-1 - length]:
+                length += 1
+            if length:
+                best = max(best, (length, place))
+        found = look_up(text_of(*text), 5)
+        assert found.match_length == best[0]
+        if best[0]:
+            endless = text[best[1] + 1 :] * 5
+            assert list(found.token_ids) == endless[:5]
+
+
+def test_rates_are_counted_by_match_length_and_place():
+    rates = GuessRates(3)
+    before = rates.survival(1, 3)
+    for _ in range(1000):
+        rates.observe(2, num_right=1, num_judged=2)
+    first, second, third = rates.survival(2, 3)
+    assert first > 0.98
+    assert second < 0.01
+    assert third < second
+    assert rates.survival(1, 3) == before
+    assert rates.survival(2, 1) == [first]
+
+
+def taken(lookup, texts, limits):
+    return [guess.taken for guess in lookup.guess(texts, limits)]
+
+
+def test_as_many_guesses_as_save_time():
+    text = text_of(*[1, 2, 3, 4, 5, 6, 7, 8] * 2)
+    assert taken(Lookup(FLAT, 7), [text], [100]) == [(1, 2, 3, 4, 5, 6, 7)]
+    assert taken(Lookup(FLAT, 7), [text], [2]) == [(1, 2)]
+    assert taken(Lookup(FLAT, 7), [text], [0]) == [()]
+    # Each token costs as much as a whole step: nothing can be saved.
+    assert taken(Lookup(CostCurve({1: 1.0, 32: 32.0}), 7), [text], [100]) == [()]
+    # Four tokens cost no more than one, the fifth does.
+    assert taken(Lookup(CostCurve({1: 1.0, 4: 1.0, 5: 2.0, 32: 32.0}), 7), [text], [100]) == [(1, 2, 3)]
+    # The first guess alone does not pay, all together do.
+    assert len(taken(Lookup(CostCurve({1: 1.0, 2: 1.9, 8: 2.0}), 7), [text], [100])[0]) == 7
+
+
+def test_the_likeliest_guesses_of_a_batch_come_first():
+    sure, unsure = text_of(1, 2, 3, 4, 5, 1, 2, 3, 4), text_of(1, 5, 6, 7, 8, 9, 1)
+    lookup = Lookup(CostCurve({1: 1.0, 2: 1.0, 4: 1.0, 5: 9.0}), 2)
+    assert taken(lookup, [unsure, sure], [9, 9]) == [(), (5, 1)]
+
+
+def test_a_step_never_exceeds_what_the_kernels_take():
+    texts = [text_of(*[1, 2, 3, 4] * 3) for _ in range(20)]
+    assert len(texts) + sum(map(len, taken(Lookup(FLAT, 7), texts, [50] * 20))) == MOST_STEP_TOKENS
+    assert taken(Lookup(FLAT, 7), texts * 2, [50] * 40) == [()] * 40
+
+
+def test_guesses_that_are_never_right_stop_until_they_would_have_been():
+    lookup = Lookup(CostCurve({1: 1.0, 32: 4.0}), 7)
+    text = text_of(*[1, 2, 3, 4, 5] * 3)
+    (first,) = lookup.guess([text], [9])
+    assert first.taken
+    for _ in range(200):
+        lookup.judged(first, [0])
+    (last,) = lookup.guess([text], [9])
+    assert not last.taken
+    for _ in range(200):
+        lookup.judged(last, last.token_ids[:1])
+    assert taken(lookup, [text], [9])[0][:1] == (1,)
+
+
+class Model:
+    """Continues a token mostly by itself, now and then by its place, and holds what was fed like a KV cache."""
+
+    def __init__(self):
+        self.cache = {}
+        self.num_steps = 0
+
+    def __call__(self, rows, counts, token_ids, positions):
+        self.num_steps += 1
+        owners = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        logits = torch.zeros(len(owners), VOCABULARY)
+        fed = zip(owners, token_ids.tolist(), positions.tolist(), strict=True)
+        for entry, (row, token_id, position) in enumerate(fed):
+            self.cache[row, position] = token_id
+            logits[entry, (4 * token_id + 1 + (position % 6 == 0)) % VOCABULARY] = 1.0
+        return logits
+
+
+class Capricious(FullLength):
+    """Refuses some rows and some tokens, always the same ones however they are found."""
+
+    def __init__(self):
+        self.lengths = {}
+
+    def proposed(self, rows, logits):
+        kept = []
+        for row in rows:
+            self.lengths[row] = self.lengths.get(row, 0) + 1
+            kept.append(self.lengths[row] < 3 + 4 * row)
+        return kept
+
+
+@pytest.mark.usefixtures("fresh_input")
+@pytest.mark.parametrize("make_rule", [FullLength, Capricious])
+def test_the_draft_is_the_same_with_guesses_and_takes_fewer_steps(make_rule):
+    saved = 0
+    for _ in range(60):
+        requests = []
+        for row in sorted(random.sample(range(9), random.randrange(1, 5))):
+            text = text_of(*[random.randrange(VOCABULARY) for _ in range(random.randrange(1, 60))])
+            ends = frozenset(random.sample(range(VOCABULARY), random.randrange(2)))
+            requests.append(DraftRequest(row, int(text[-1]), len(text) - 1, random.randrange(1, 20), ends, text))
+        plain, guessing = Model(), Model()
+        expected = draft_tokens(requests, plain, make_rule())
+        assert draft_tokens(requests, guessing, make_rule(), Lookup(FLAT, 7)) == expected
+        assert guessing.num_steps <= plain.num_steps
+        saved += plain.num_steps - guessing.num_steps
+        for request in requests:
+            # No position beyond those of the longest draft, and the cache holds the draft, not a wrong guess.
+            fed = [position for row, position in guessing.cache if row == request.row]
+            assert max(fed) <= request.position + request.max_draft_tokens - 1
+            text = [request.last_token_id, *expected[request.row]]
+            known = [guessing.cache.get((request.row, request.position + i)) for i in range(len(text))]
+            assert known[:-1] == text[:-1]
+    assert saved > 100
+
+
+def test_a_step_is_reported_with_what_it_was_fed_and_gave():
+    class Recorder(FullLength):
+        steps = ()
+
+        def stepped(self, num_fed, num_drafted):
+            self.steps += ((num_fed, num_drafted),)
+
+    # 1 -> 5 -> 3 -> 4 -> 8 by the model, away from positions that are multiples of six.
+    text = text_of(1, 5, 3, 0, 0, 0, 1)
+    rule = Recorder()
+    drafts = draft_tokens([DraftRequest(0, 1, 7, 4, frozenset(), text)], Model(), rule, Lookup(FLAT, 3))
+    assert drafts == {0: [5, 3, 4, 8]}
+    assert rule.steps == ((4, 3), (1, 1))
