@@ -75,12 +75,13 @@ def announce(costs: StepCosts, config: SiriusConfig) -> None:
     )
     logger.info(
         "Sirius: measured draft cost %.2f of a target step (%.1f ms); correcting %d tokens costs %.2f steps | speed-up of one "
-        "request at most %.2fx",
+        "request at most %.2fx%s",
         draft_cost,
         1000 * alone,
         config.kernel_size,
         verify_cost,
         ceiling,
+        ", more where guesses are right" if config.lookup_tokens else "",
     )
     if ceiling < 1.0:
         logger.warning(
