@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from vllm_sirius.drafting.costs import CostCurve
-from vllm_sirius.drafting.lookup import LONGEST_MATCH, MOST_STEP_TOKENS, NO_GUESS, Guess, GuessRates, Lookup, look_up
+from vllm_sirius.drafting.lookup import (
+    LONGEST_MATCH,
+    MOST_STEP_TOKENS,
+    NO_GUESS,
+    BatchSavings,
+    Guess,
+    GuessRates,
+    Lookup,
+    look_up,
+)
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
 from vllm_sirius.drafting.policy import FullLength
 
@@ -96,6 +105,43 @@ def test_the_likeliest_guesses_of_a_batch_come_first():
     sure, unsure = text_of(1, 2, 3, 4, 5, 1, 2, 3, 4), text_of(1, 5, 6, 7, 8, 9, 1)
     lookup = Lookup(CostCurve({1: 1.0, 2: 1.0, 4: 1.0, 5: 9.0}), 2)
     assert taken(lookup, [unsure, sure], [9, 9]) == [(), (5, 1)]
+
+
+def test_a_batch_that_saves_nothing_guesses_less():
+    text = text_of(*[1, 2, 3, 4, 5] * 3)
+    costs = CostCurve({1: 1.0, 32: 3.0})
+    lookup = Lookup(costs, 7)
+    before = sum(map(len, taken(lookup, [text] * 4, [9] * 4)))
+    for _ in range(100):
+        lookup.drafted(saved=0, hoped=3.0)
+    assert sum(map(len, taken(lookup, [text] * 4, [9] * 4))) < before
+    # A single request is not concerned.
+    assert taken(lookup, [text], [9]) == taken(Lookup(costs, 7), [text], [9]) != [()]
+
+
+def test_the_share_of_a_batch_is_counted():
+    savings = BatchSavings()
+    for _ in range(500):
+        savings.observe(1.0, 4.0)
+    assert savings.share == pytest.approx(0.25, abs=0.01)
+    for _ in range(500):
+        savings.observe(5.0, 4.0)
+    assert savings.share == 1.0
+
+
+def test_the_loop_counts_what_a_batch_saved():
+    class Recorder(Lookup):
+        seen = ()
+
+        def drafted(self, saved, hoped):
+            self.seen += ((saved, hoped),)
+
+    lookup = Recorder(FLAT, 3)
+    # Row 0 (1 -> 5 -> 3 -> 4 -> 8) is guessed two right of three in its first step; nothing is known of row 1.
+    known, unknown = text_of(1, 5, 3, 0, 0, 0, 1), text_of(2)
+    requests = [DraftRequest(0, 1, 7, 4, frozenset(), known), DraftRequest(1, 2, 7, 2, frozenset(), unknown)]
+    assert list(map(len, draft_tokens(requests, Model(), FullLength(), lookup).values())) == [4, 2]
+    assert lookup.seen == ((2, 1.0),)
 
 
 def test_a_step_never_exceeds_what_the_kernels_take():

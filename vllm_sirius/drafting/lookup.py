@@ -29,6 +29,15 @@ FIRST_RATES = (0.35, 0.55, 0.7, 0.8)
 PRIOR_GUESSES = 8.0
 """Weight of `FIRST_RATES`, in guesses."""
 
+FIRST_SHARE = 0.5
+"""First guess of `BatchSavings.share`."""
+
+PRIOR_STEPS = 4.0
+"""Weight of `FIRST_SHARE`, in steps."""
+
+MEMORY_STEPS = 200.0
+"""Older drafts of batches fade once so many saved steps were hoped for."""
+
 MEMORY_GUESSES = 500.0
 """Older verdicts fade once a rate has seen this many guesses."""
 
@@ -130,11 +139,36 @@ class GuessRates:
             judged[place] = judged[place] * fade + 1.0
 
 
+class BatchSavings:
+    """How much of what right guesses save single requests a batch saves, which drafts as long as its slowest request."""
+
+    def __init__(self) -> None:
+        self._saved = PRIOR_STEPS * FIRST_SHARE
+        self._hoped = PRIOR_STEPS
+
+    @property
+    def share(self) -> float:
+        """Steps saved over those that right guesses would save if they were spread evenly over the batch, at most 1."""
+        return min(1.0, self._saved / self._hoped)
+
+    def observe(self, saved: float, hoped: float) -> None:
+        """Takes in the draft of one batch.
+
+        Args:
+            saved: Draft steps that were saved.
+            hoped: Right guesses, each divided by the requests of its step.
+        """
+        fade = min(1.0, MEMORY_STEPS / (self._hoped + hoped))
+        self._saved = (self._saved + saved) * fade
+        self._hoped = (self._hoped + hoped) * fade
+
+
 class Lookup:
     """The guesses of one engine: as many as pay.
 
     A guess that is right saves its request a draft step; right or wrong it makes the step longer. So a step takes the
-    number of guesses, the likeliest first, that saves the most time.
+    number of guesses, the likeliest first, that saves the most time. In a batch others go on where one is done, so that only a
+    part of it is saved (`BatchSavings`).
 
     Args:
         costs: Seconds of a draft step by its tokens.
@@ -145,6 +179,7 @@ class Lookup:
         self._costs = costs
         self._most = most
         self._rates = GuessRates(most)
+        self._batches = BatchSavings()
 
     def guess(self, texts: Sequence[NDArray[np.int32]], limits: Sequence[int]) -> list[Guess]:
         """Guesses for the requests of a draft step.
@@ -185,12 +220,17 @@ class Lookup:
         if num_known:
             self._rates.observe(guess.match_length, num_right, min(num_right + 1, num_known))
 
+    def drafted(self, saved: float, hoped: float) -> None:
+        """Takes in the draft of a batch of several requests; see `BatchSavings.observe`."""
+        self._batches.observe(saved, hoped)
+
     def _num_worth(self, chances: Sequence[float], num_requests: int) -> int:
         """How many of the likeliest guesses to take."""
         alone = self._costs.seconds(num_requests)
+        worth_of_step = alone if num_requests == 1 else alone * self._batches.share / num_requests
         best, best_saved, saved = 0, 0.0, 0.0
         for count, chance in enumerate(chances, start=1):
-            saved += chance * alone / num_requests
+            saved += chance * worth_of_step
             worth = saved - (self._costs.seconds(num_requests + count) - alone)
             if worth > best_saved:
                 best, best_saved = count, worth

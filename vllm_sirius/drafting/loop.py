@@ -53,6 +53,7 @@ class _Draft:
         guess: What the running step checks along.
         start: Where its tokens are in the running step.
         num_right: Tokens of the guess that turned out right so far.
+        num_plain_steps: Steps that the draft would have taken so far without guesses.
     """
 
     request: DraftRequest
@@ -60,6 +61,7 @@ class _Draft:
     guess: Guess = NO_GUESS
     start: int = 0
     num_right: int = 0
+    num_plain_steps: int = 0
 
     @property
     def fed(self) -> list[int]:
@@ -109,13 +111,19 @@ def draft_tokens(
     """
     drafts = [_Draft(request) for request in requests]
     active = drafts
+    num_steps, hoped = 0, 0.0
     while active:
         chosen = set(rule.choose([draft.request.row for draft in active]))
         active = [draft for draft in active if draft.request.row in chosen]
         if not active:
             break
         _guess(active, lookup)
-        active = _step(active, forward, rule, lookup)
+        going = _step(active, forward, rule, lookup)
+        num_steps += 1
+        hoped += sum(draft.num_right for draft in active) / len(active)
+        active = going
+    if lookup is not None and len(drafts) > 1:
+        lookup.drafted(max(draft.num_plain_steps for draft in drafts) - num_steps, hoped)
     return {draft.request.row: draft.token_ids for draft in drafts}
 
 
@@ -146,8 +154,9 @@ def _step(drafts: Sequence[_Draft], forward: DraftForward, rule: LengthRule, loo
     before = [len(draft.token_ids) for draft in drafts]
     going = _take_over(drafts, logits, rule)
     rule.stepped(len(fed), sum(len(draft.token_ids) for draft in drafts) - sum(before))
-    if lookup is not None:
-        for draft, length in zip(drafts, before, strict=True):
+    for draft, length in zip(drafts, before, strict=True):
+        draft.num_plain_steps += 1 + draft.num_right
+        if lookup is not None:
             lookup.judged(draft.guess, draft.token_ids[length:])
     return [draft for draft in drafts if draft in going]
 
