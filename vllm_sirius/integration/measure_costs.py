@@ -19,7 +19,9 @@ from vllm_sirius.metrics import predicted_speedup
 logger = init_logger("vllm.sirius")
 
 TARGET_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
+DRAFT_ROWS = (1, 2, 4, 5, 8, 9, 16, 17, 32)
+"""Kernels take tokens in blocks, so that the first token beyond a power of two costs more than those after it."""
+
 REPEATS = 2
 """Runs that are timed, of which the fastest counts, after one that is not."""
 
