@@ -62,7 +62,7 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any) -> Step
 
 
 def announce(costs: StepCosts, config: SiriusConfig) -> None:
-    """Says what was measured, and warns where no acceptance could make drafting pay.
+    """Says what was measured, and warns where no acceptance could make adaptive drafts pay.
 
     Args:
         costs: The costs.
@@ -85,7 +85,8 @@ def announce(costs: StepCosts, config: SiriusConfig) -> None:
         ceiling,
         ", more where guesses are right" if config.lookup_tokens else "",
     )
-    if ceiling < 1.0:
+    # With a fixed length the engine drafts all the same.
+    if ceiling < 1.0 and config.adaptive:
         logger.warning(
             "Sirius will not draft for single requests: with these knobs it could only slow them down on this machine. "
             "Use draft_weights='int8' or a lower density, or serve without it; `vllm-sirius tune` finds the best knobs."
