@@ -31,8 +31,17 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
 
 def test_kernels_equal_their_twins_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    tests = str(Path(__file__).with_name("triton_interpreted.py"))
-    result = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
+    run_twins(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_equal_their_twins_on_a_gpu() -> None:
+    run_twins(TRITON_INTERPRET="0")
+
+
+def run_twins(**variables: str) -> None:
+    tests = str(Path(__file__).with_name("triton_twins.py"))
+    result = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, **variables)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 

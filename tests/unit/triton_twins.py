@@ -1,13 +1,16 @@
-"""The Triton kernels compute what their twins compute. Run by `test_triton_kernels.py` in a process of its own.
+"""The Triton kernels compute what their twins compute. Run by `test_triton_kernels.py` in processes of their own.
 
-Triton's interpreter is chosen when Triton is imported, so these tests cannot share a process with others:
+Triton's interpreter is chosen when Triton is imported, so these tests cannot share a process with others. On any machine,
+and compiled on a GPU:
 
-    TRITON_INTERPRET=1 python -m pytest tests/unit/triton_interpreted.py
+    TRITON_INTERPRET=1 python -m pytest tests/unit/triton_twins.py
+    python -m pytest tests/unit/triton_twins.py
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -18,7 +21,8 @@ from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels.triton import kernels, projection, reference, statistics, tuning
 from vllm_sirius.triton_runtime import INTERPRETED
 
-assert INTERPRETED, "set TRITON_INTERPRET=1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+assert INTERPRETED or torch.cuda.is_available(), "no GPU: set TRITON_INTERPRET=1"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 64, 32), (1, 257, 129), (2, 33, 7), (3, 100, 50), (17, 64, 41), (33, 40, 19), (1, 1, 1))
@@ -26,14 +30,15 @@ SHAPES = ((1, 64, 32), (1, 257, 129), (2, 33, 7), (3, 100, 50), (17, 64, 41), (3
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
-    """Fresh random input in every run; pytest shows the seed of a failing test."""
+def seed() -> Iterator[int]:
+    """Fresh random input in every run, on the device of the kernels; pytest shows the seed of a failing test."""
     value = random.SystemRandom().randrange(2**31)
     print(f"seed {value}")
     torch.manual_seed(value)
     random.seed(value)
     torch.set_num_threads(1)
-    return value
+    with DEVICE:
+        yield value
 
 
 @dataclass
@@ -142,7 +147,7 @@ def test_every_activation_and_both_orders_of_the_halves(activation: Activation, 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_every_choice_of_tiles_is_right(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    device, dtype = torch.device("cpu"), torch.bfloat16
+    device, dtype = DEVICE, torch.bfloat16
     case = Case.draw(tokens, 200, 75, dtype)
     indices = random_subset(75, 40)
     for tiles in tuning.row_candidates(tokens, dtype, device):
