@@ -50,7 +50,7 @@ class Arm:
 
 
 def capture(function: Callable[[], object]) -> Callable[[], None]:
-    """Turns a function into a CUDA graph; returns what replays it."""
+    """Turns a function into a CUDA graph; returns what replays it and keeps the tensors that the graph reads alive."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,7 +60,11 @@ def capture(function: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(function: Callable[[], object] = function) -> None:
+        graph.replay()
+
+    return replay
 
 
 def time_arms(arms: list[Arm]) -> None:
