@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.glue import add_rms_norm, rotate_and_store, silu_and_mul
+from benchmarks.gpu.glue import add_rms_norm, attend, rotate_and_store, silu_and_mul
 from benchmarks.gpu.shapes import Shape
 from vllm_sirius.ffn.kernels.triton.kernels import coarse_ffn, fine_ffn
 
@@ -113,15 +113,12 @@ class Decoder:
             torch.randperm(shape.num_neurons, device=self.device).to(torch.int32),
         )
 
-    def step(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, ffn: FFN
-    ) -> torch.Tensor:
+    def step(self, token_ids: torch.Tensor, positions: torch.Tensor, ffn: FFN) -> torch.Tensor:
         """Runs the tokens that end the sequence.
 
         Args:
             token_ids: ``int64 [tokens]``.
             positions: ``int64 [tokens]``.
-            mask: `causal_mask` of the tokens; not needed for a single token that fills the cache.
             ffn: How FFNs run.
 
         Returns:
@@ -131,29 +128,12 @@ class Decoder:
         delta = None
         for index, layer in enumerate(self.layers):
             hidden = add_rms_norm(residual, delta, layer.attention_norm)
-            delta = self._attend(layer, hidden, positions, mask)
+            delta = self._attend(layer, hidden, positions)
             hidden = add_rms_norm(residual, delta, layer.ffn_norm)
             delta = ffn(index, layer, hidden)
         return F.linear(add_rms_norm(residual, delta, self.final_norm), self.head)
 
-    def _attend(
-        self, layer: Layer, hidden: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        shape, tokens = self.shape, hidden.shape[0]
+    def _attend(self, layer: Layer, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         qkv = F.linear(hidden, layer.qkv)
-        queries = rotate_and_store(qkv, positions, layer.keys, layer.values, shape.num_heads)
-        # The heads that share keys become queries of one head, so that the cache is read once.
-        grouped = queries.view(1, shape.num_kv_heads, -1, shape.head_size)
-        attended = F.scaled_dot_product_attention(grouped, layer.keys[None], layer.values[None], attn_mask=mask)
-        attended = attended.view(*queries.shape).permute(2, 0, 1, 3)
-        return F.linear(attended.reshape(tokens, -1), layer.output)
-
-    def causal_mask(self, positions: torch.Tensor) -> torch.Tensor:
-        """What each query may see, added to its scores: ``[heads per kv_head * tokens, length]``.
-
-        Args:
-            positions: ``int64 [tokens]``.
-        """
-        visible = torch.arange(self.length, device=self.device) <= positions[:, None]
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, float("-inf"))
-        return mask.repeat(self.shape.num_heads // self.shape.num_kv_heads, 1)
+        queries = rotate_and_store(qkv, positions, layer.keys, layer.values, self.shape.num_heads)
+        return F.linear(attend(queries, positions, layer.keys, layer.values), layer.output)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.decoder import FFN, Decoder, Layer, coarse, dense_ffn, fine
-from benchmarks.gpu.glue import silu_and_mul
+from benchmarks.gpu.glue import argmax, silu_and_mul
 from vllm_sirius.ffn.kernels.triton.kernels import warm_up
 
 DRAFTS = (("coarse", 0.5), ("coarse", 0.3), ("fine", 0.5))
@@ -126,8 +126,7 @@ def step_function(decoder: Decoder, num_tokens: int, ffn: FFN) -> Callable[[], t
     """A step over the last `num_tokens` tokens of a sequence that fills the cache; returns the next tokens."""
     positions = torch.arange(decoder.length - num_tokens, decoder.length, device=decoder.device)
     token_ids = torch.randint(0, decoder.shape.vocab_size, (num_tokens,), device=decoder.device)
-    mask = decoder.causal_mask(positions) if num_tokens > 1 else None
-    return lambda: decoder.step(token_ids, positions, mask, ffn).argmax(dim=-1)
+    return lambda: argmax(decoder.step(token_ids, positions, ffn))
 
 
 def warm_up_drafts(decoder: Decoder) -> None:

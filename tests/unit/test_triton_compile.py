@@ -17,7 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.gpu import glue  # noqa: E402
 from vllm_sirius import acceptance_triton  # noqa: E402
-from vllm_sirius.ffn.kernels.triton import kernels, projection, selection, statistics, tuning  # noqa: E402
+from vllm_sirius.ffn.kernels.triton import kernels, projection, selection, statistics, streaming, tuning  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes that a program may have, by compute capability."""
@@ -26,6 +26,7 @@ POINTERS = {
     "accepted": "*i1",
     "activated": "*fp32",
     "activation": "*bf16",
+    "best": "*fp32",
     "count": "*i32",
     "delta": "*bf16",
     "cu_num_logits": "*i32",
@@ -38,6 +39,7 @@ POINTERS = {
     "indices": "*i32",
     "inputs": "*bf16",
     "keys": "*bf16",
+    "logits": "*bf16",
     "norms": "*fp32",
     "num_sampled": "*i32",
     "output": "*bf16",
@@ -45,6 +47,7 @@ POINTERS = {
     "partial": "*fp32",
     "pending": "*bf16",
     "pending_row": "*i32",
+    "place": "*i64",
     "positions": "*i64",
     "qkv": "*bf16",
     "queries": "*bf16",
@@ -52,6 +55,7 @@ POINTERS = {
     "sampled": "*i64",
     "token_slot": "*i32",
     "token_weight": "*fp32",
+    "tops": "*fp32",
     "up": "*bf16",
     "values": "*bf16",
     "weight": "*bf16",
@@ -69,7 +73,7 @@ def compile_for(capability: int, kernel: Any, constants: dict[str, Any], warps: 
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
-        kind = "fp32" if name in ("epsilon", "theta") else POINTERS.get(name, "i32")
+        kind = "fp32" if name in ("epsilon", "scale", "theta") else POINTERS.get(name, "i32")
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and name != "num_tokens" and kind != "fp32":
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -105,11 +109,28 @@ def test_projections_compile(capability: int, tokens: int) -> None:
         assert ("mma.sync" in ptx) == tiles.tensor_cores
 
 
+def compile_stream(capability: int, tiles: tuning.Tiles, kernel: Any, **constants: Any) -> str:
+    """Compiles a stream with given tiles."""
+    sizes = {"block_rows": tiles.rows, "block_columns": tiles.columns, "stages": tiles.stages}
+    return compile_for(capability, kernel, {**constants, **sizes}, tiles.warps, tiles.stages)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_streams_compile(capability: int) -> None:
+    tiles = tuning.stream_candidates(4096, torch.bfloat16, torch.device("cpu"))[0]
+    for kernel, constants in (
+        (streaming.stream_coarse_kernel, {"activation": "silu", "gate_first": True}),
+        (streaming.stream_fine_kernel, {}),
+    ):
+        assert "v4.b32" in compile_stream(capability, tiles, kernel, **constants)
+    compile_for(capability, streaming.sum_programs_kernel, {"block_programs": 64, "block_columns": 16})
+
+
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_other_kernels_compile(capability: int) -> None:
     compile_for(capability, projection.sum_parts_kernel, {"num_parts": 32, "block_outputs": 512})
-    compile_for(capability, selection.keep_largest_kernel, {"list_kept": True, "block_neurons": 16384}, warps=32)
-    compile_for(capability, selection.list_kept_kernel, {"block_neurons": 16384}, warps=32)
+    compile_for(capability, selection.keep_largest_kernel, {"list_kept": True, "block_neurons": 16384}, warps=8)
+    compile_for(capability, selection.list_kept_kernel, {"block_neurons": 16384}, warps=8)
     compile_for(capability, statistics.square_norm_kernel, {"block_neurons": 2048})
     for block_tokens in (16, 64):
         constants = {"block_tokens": block_tokens, "block_neurons": 64}
@@ -122,6 +143,11 @@ def test_kernels_of_the_benchmark_compile(capability: int) -> None:
     compile_for(capability, glue._add_rms_norm_kernel, {"has_delta": True, "block": 4096}, warps=8)
     compile_for(capability, glue._silu_and_mul_kernel, {"block": 1024})
     compile_for(capability, glue._rotate_and_store_kernel, {"half": 64}, warps=1)
+    tiles = {"head_size": 128, "block_keys": 64}
+    for rows in (16, 64):
+        compile_for(capability, glue._attend_kernel, {**tiles, "block_rows": rows})
+    compile_for(capability, glue._merge_parts_kernel, {"head_size": 128, "block_parts": 16})
+    compile_for(capability, glue._argmax_kernel, {"block": 1024})
     # A single token, which Triton makes a constant.
     compile_for(capability, glue._rotate_and_store_kernel, {"half": 64, "tokens": 1}, warps=1)
 
@@ -136,3 +162,5 @@ def test_every_choice_of_tiles_compiles(capability: int, tokens: int, monkeypatc
         compile_tiles(capability, projection.gate_up_kernel, tiles, tokens, activation="silu", gate_first=True)
     for tiles in tuning.down_candidates(tokens, dtype, device):
         compile_tiles(capability, projection.down_kernel, tiles, tokens, counted=False)
+    for tiles in tuning.stream_candidates(4096, dtype, device):
+        compile_stream(capability, tiles, streaming.stream_coarse_kernel, activation="silu", gate_first=True)

@@ -14,7 +14,7 @@ import torch
 
 from vllm_sirius.acceptance import emit_tokens
 from vllm_sirius.acceptance_triton import pick_tokens, pick_tokens_reference
-from vllm_sirius.ffn.kernels.triton import kernels, reference, statistics, tuning
+from vllm_sirius.ffn.kernels.triton import arguments, kernels, reference, statistics, tuning
 from vllm_sirius.ffn.kernels.triton.tuning import Tiles, Tuner
 from vllm_sirius.sparsity.statistics import NeuronStatistics, ObservedRows
 from vllm_sirius.triton_runtime import TritonUnavailableError
@@ -103,8 +103,9 @@ class Launches:
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
     """Kernels that compute nothing, by name, so that their host side runs on any device."""
     found: dict[str, Launches] = {}
-    for module in (kernels, statistics):
+    for module in (arguments, statistics):
         monkeypatch.setattr(module, "require_triton", lambda tensor: None)
+    for module in (kernels, statistics):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, found.setdefault(name, Launches()))
     return found
@@ -126,7 +127,9 @@ def test_nothing_waits_for_the_device(tokens: int, launches: dict[str, Launches]
     with pytest.raises(RuntimeError, match="meta"):
         slot.max().item()
     unused = {name for name, kernel in launches.items() if not kernel.grids}
-    assert unused == ({"list_kept_kernel"} if tokens == 1 else set())
+    one = {"list_kept_kernel", "gate_up_kernel", "up_kernel", "down_kernel", "sum_parts_kernel"}
+    many = {"stream_coarse_kernel", "stream_fine_kernel", "sum_programs_kernel"}
+    assert unused == (one if tokens == 1 else many)
 
 
 def test_statistics_twin_is_what_the_statistics_learn() -> None:
@@ -215,7 +218,8 @@ def test_warm_up_tunes_every_batch_size(
         indices = torch.empty(30, dtype=torch.int32)
     kernels.warm_up(gate_up, down_rows, 30, "silu", fine=fine)
     tuned = kernels.tuned_tiles()
-    assert len(tuned) == 3 * (3 if fine else 2)
+    # One token streams after its gates; more have a product for each of gate, up and down, or gate with up and down.
+    assert len(tuned) == (2 + 2 * 3 if fine else 1 + 2 * 2)
     for tokens in range(1, 70):
         inputs = torch.empty(tokens, 64, device="meta")
         with tuner.tuning():
@@ -237,4 +241,7 @@ def test_tiles_fit_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
                 needed = [tiles.shared_memory(block, 4) for tiles in chosen]
                 assert max(needed) <= limit or len(chosen) == 1
                 assert all(tiles.tensor_cores for tiles in chosen) or tokens == 1
+            streams = tuning.stream_candidates(4096, torch.float32, device)
+            assert streams[0].stages == 1
+            assert all(tiles.stages == 1 or tiles.rows * 4096 * 12 <= limit for tiles in streams)
     assert [tuning.token_block(tokens) for tokens in (0, 1, 2, 16, 17, 999)] == [1, 1, 16, 16, 32, 32]

@@ -159,6 +159,19 @@ def test_every_choice_of_tiles_is_right(tokens: int, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(kernels, "down_candidates", lambda *_, chosen=tiles: [chosen])
         assert_coarse(case, indices)
     assert_fine(case, 40)
+    monkeypatch.undo()
+    for tiles in tuning.stream_candidates(200, dtype, device):
+        monkeypatch.setattr(kernels, "stream_candidates", lambda *_, chosen=tiles: [chosen])
+        assert_coarse(case, indices)
+    assert_fine(case, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_too_wide_for_a_stream(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "WIDEST_STREAM", 64)
+    case = Case.draw(1, 65, 30, dtype)
+    assert_coarse(case, random_subset(30, 17))
+    assert_fine(case, 17)
 
 
 def test_no_tokens_and_no_neurons() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from vllm_sirius.ffn.kernels.cpu.build import KernelBuildError, load_library
 from vllm_sirius.ffn.kernels.cpu.kernels import SUPPORTED_DTYPES, instruction_set
-from vllm_sirius.ffn.kernels.triton import kernels as triton_kernels
+from vllm_sirius.ffn.kernels.triton.arguments import SUPPORTED_DTYPES as TRITON_DTYPES
 from vllm_sirius.triton_runtime import TritonUnavailableError, require_triton
 
 SWITCH = "VLLM_SIRIUS_NATIVE_KERNELS"
@@ -61,7 +61,7 @@ def choose_triton(weight: torch.Tensor) -> KernelChoice:
     """
     if os.environ.get(SWITCH) == "0":
         return KernelChoice(False, f"{SWITCH}=0")
-    if weight.dtype not in triton_kernels.SUPPORTED_DTYPES:
+    if weight.dtype not in TRITON_DTYPES:
         return KernelChoice(False, f"no kernels for {weight.dtype} on {weight.device.type}")
     try:
         require_triton(weight)

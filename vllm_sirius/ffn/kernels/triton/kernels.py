@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from vllm_sirius.ffn.activation import Activation
+from vllm_sirius.ffn.kernels.triton import tuning
+from vllm_sirius.ffn.kernels.triton.arguments import check_arguments, describe
 from vllm_sirius.ffn.kernels.triton.projection import (
     down_kernel,
     gate_kernel,
@@ -27,13 +29,22 @@ from vllm_sirius.ffn.kernels.triton.projection import (
     up_kernel,
 )
 from vllm_sirius.ffn.kernels.triton.selection import keep_largest_kernel, list_kept_kernel
-from vllm_sirius.ffn.kernels.triton.tuning import Tiles, Tuner, down_candidates, row_candidates, token_block
-from vllm_sirius.triton_runtime import INTERPRETED, require_triton
-
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from vllm_sirius.ffn.kernels.triton.streaming import stream_coarse_kernel, stream_fine_kernel, sum_programs_kernel
+from vllm_sirius.ffn.kernels.triton.tuning import (
+    Tiles,
+    Tuner,
+    down_candidates,
+    num_multiprocessors,
+    row_candidates,
+    stream_candidates,
+    token_block,
+)
+from vllm_sirius.triton_runtime import INTERPRETED
 
 _TUNER = Tuner()
 _SUM_BLOCK = 512
+_SUM_COLUMNS = 16
+_SUM_PROGRAMS = 64
 
 
 def coarse_ffn(
@@ -63,14 +74,19 @@ def coarse_ffn(
         ValueError: If a shape, dtype, device or layout is not as above.
         TritonUnavailableError: If Triton cannot run here.
     """
-    inputs, out = _check(inputs, gate_up, down_rows, out)
+    inputs, out = check_arguments(inputs, gate_up, down_rows, out)
     if indices.dtype != torch.int32 or indices.dim() != 1 or not indices.is_contiguous():
-        raise ValueError(f"indices must be contiguous int32 [kept], not {_describe(indices)}")
+        raise ValueError(f"indices must be contiguous int32 [kept], not {describe(indices)}")
     if indices.numel() == 0 or out.numel() == 0:
         return out.zero_()
     activation = Activation(activation)
     num_tokens, hidden_size = inputs.shape
     num_neurons, num_kept = down_rows.shape[0], indices.shape[0]
+    if _streams(inputs):
+        tensors = (inputs, gate_up, down_rows, indices)
+        sizes = (num_kept, num_neurons, hidden_size)
+        constants = {"activation": activation.value, "gate_first": gate_first}
+        return _stream(stream_coarse_kernel, tensors, sizes, out, **constants)
 
     def gate_and_up(tiles: Tiles) -> torch.Tensor:
         hidden = inputs.new_empty(num_tokens, num_kept)
@@ -124,7 +140,7 @@ def fine_ffn(
         ValueError: If a shape, dtype, device or layout is not as above, or `num_kept` is out of range.
         TritonUnavailableError: If Triton cannot run here.
     """
-    inputs, out = _check(inputs, gate_up, down_rows, out)
+    inputs, out = check_arguments(inputs, gate_up, down_rows, out)
     num_neurons = down_rows.shape[0]
     if not 0 <= num_kept <= num_neurons:
         raise ValueError(f"num_kept must lie in [0, {num_neurons}], not {num_kept}")
@@ -133,6 +149,9 @@ def fine_ffn(
     gate, up = gate_up.split(num_neurons) if gate_first else gate_up.split(num_neurons)[::-1]
     activated = _activated_gate(inputs, gate, Activation(activation))
     indices, count = _keep_largest(activated, num_kept)
+    if _streams(inputs):
+        tensors = (inputs, up, down_rows, activated, indices)
+        return _stream(stream_fine_kernel, tensors, (num_kept, inputs.shape[1]), out)
     hidden = _multiply_up(inputs, up, activated, indices, count)
     return _project_down(hidden, down_rows, indices, count, out)
 
@@ -180,6 +199,40 @@ def tuned_tiles() -> dict[tuple[Any, ...], Tiles]:
     return _TUNER.chosen()
 
 
+def _streams(inputs: torch.Tensor) -> bool:
+    """Whether the FFN runs as one stream of neurons."""
+    return inputs.shape[0] == 1 and inputs.shape[1] <= tuning.WIDEST_STREAM
+
+
+def _stream(
+    kernel: Any, tensors: tuple[torch.Tensor, ...], sizes: tuple[int, ...], out: torch.Tensor, **constants: Any
+) -> torch.Tensor:
+    """Runs one of the kernels of `streaming`: its tensors, its sizes, of which the first is `num_kept`, its constants."""
+    inputs, num_kept, hidden_size = tensors[0], sizes[0], out.shape[1]
+
+    def launch(tiles: Tiles) -> torch.Tensor:
+        programs = min(tiles.parts * num_multiprocessors(inputs.device), _blocks(num_kept, tiles.rows))
+        partial = torch.empty(programs, hidden_size, dtype=torch.float32, device=inputs.device)
+        kernel[(programs,)](
+            *tensors,
+            partial,
+            *sizes,
+            **constants,
+            block_rows=tiles.rows,
+            block_columns=tiles.columns,
+            stages=tiles.stages,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+        sum_programs_kernel[(_blocks(hidden_size, _SUM_COLUMNS),)](
+            partial, out, programs, hidden_size, block_programs=_SUM_PROGRAMS, block_columns=_SUM_COLUMNS
+        )
+        return out
+
+    shape = (num_kept, hidden_size, inputs.dtype, bool(constants))
+    return _TUNER.run("stream", shape, lambda: stream_candidates(hidden_size, inputs.dtype, inputs.device), launch)
+
+
 def _activated_gate(inputs: torch.Tensor, gate: torch.Tensor, activation: Activation) -> torch.Tensor:
     """fp32 ``act(gate)`` of all neurons, ``[tokens, neurons]``."""
     (num_tokens, hidden_size), num_neurons = inputs.shape, gate.shape[0]
@@ -209,7 +262,8 @@ def _keep_largest(activated: torch.Tensor, num_kept: int) -> tuple[torch.Tensor,
     indices = torch.empty(max_kept, dtype=torch.int32, device=activated.device)
     count = torch.empty(1, dtype=torch.int32, device=activated.device)
     block = 1 << (num_neurons - 1).bit_length()
-    warps = min(max(block // 512, 4), 32)
+    # More warps wait longer for each other than they save.
+    warps = min(max(block // 512, 4), 8)
     keep_largest_kernel[(num_tokens,)](
         activated,
         indices,
@@ -312,36 +366,3 @@ def _block(tiles: Tiles, num_tokens: int) -> int:
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _check(
-    inputs: torch.Tensor, gate_up: torch.Tensor, down_rows: torch.Tensor, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns contiguous inputs and the output."""
-    if down_rows.dtype not in SUPPORTED_DTYPES or down_rows.dim() != 2 or not down_rows.is_contiguous():
-        raise ValueError(
-            f"down_rows must be contiguous bf16, fp16 or fp32 [neurons, hidden], not {_describe(down_rows)}"
-        )
-    num_neurons, hidden_size = down_rows.shape
-    if (
-        gate_up.shape != (2 * num_neurons, hidden_size)
-        or gate_up.dtype != down_rows.dtype
-        or not gate_up.is_contiguous()
-    ):
-        raise ValueError(
-            f"gate_up must be contiguous {down_rows.dtype} [{2 * num_neurons}, {hidden_size}], not {_describe(gate_up)}"
-        )
-    if inputs.dim() != 2 or inputs.shape[1] != hidden_size or inputs.dtype != down_rows.dtype:
-        raise ValueError(f"inputs must be {down_rows.dtype} [tokens, {hidden_size}], not {_describe(inputs)}")
-    if not inputs.device == gate_up.device == down_rows.device:
-        raise ValueError("inputs, gate_up and down_rows must be on one device")
-    if out is not None and (out.shape != inputs.shape or out.dtype != inputs.dtype or not out.is_contiguous()):
-        raise ValueError(f"out must be contiguous {inputs.dtype} {list(inputs.shape)}, not {_describe(out)}")
-    require_triton(inputs)
-    inputs = inputs.contiguous()
-    return inputs, torch.empty_like(inputs) if out is None else out
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    layout = "contiguous" if tensor.is_contiguous() else "strided"
-    return f"{layout} {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
