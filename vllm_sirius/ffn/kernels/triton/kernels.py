@@ -262,8 +262,8 @@ def _keep_largest(activated: torch.Tensor, num_kept: int) -> tuple[torch.Tensor,
     indices = torch.empty(max_kept, dtype=torch.int32, device=activated.device)
     count = torch.empty(1, dtype=torch.int32, device=activated.device)
     block = 1 << (num_neurons - 1).bit_length()
-    # More warps wait longer for each other than they save.
-    warps = min(max(block // 512, 4), 8)
+    # 64 neurons per thread: fewer, and the warps wait longer for each other; more, and registers run out.
+    warps = min(max(block // 2048, 4), 32)
     keep_largest_kernel[(num_tokens,)](
         activated,
         indices,

@@ -32,32 +32,24 @@ def keep_largest_kernel(
     Reads and writes `activated` fp32 ``[tokens, neurons]``; if `list_kept`, also writes `indices` ``int32 [num_kept]`` and
     `count` ``int32 [1]``, which is for one token only. Programs: (tokens). `block_neurons` covers all neurons.
 
-    The bits of a non-negative float order like the float, so the magnitude of the last neuron kept is found eight bits at a
-    time: of the neurons that agree with it so far, count each next digit, and take the largest digit that enough of them
-    reach. What lies beyond the last neuron counts as zero and comes last, so it is never kept.
+    The bits of a non-negative float order like the float, so the magnitude of the last neuron kept is found bit by bit:
+    it is the largest number that at least `num_kept` magnitudes reach. What lies beyond the last neuron counts as zero and
+    comes last, so it is never kept.
     """
     neuron = tl.arange(0, block_neurons)
     inside = neuron < num_neurons
     pointer = activated + tl.program_id(0).to(tl.int64) * num_neurons + neuron
     value = tl.load(pointer, mask=inside, other=0.0)
     magnitude = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    digits = tl.arange(0, 256)
-    smallest = tl.full([], 0, dtype=tl.int32)
-    remaining = num_kept
-    for step in tl.static_range(4):
-        digit = (magnitude >> (24 - 8 * step)) & 255
-        if step == 0:
-            counts = tl.histogram(digit, 256)
-        else:
-            agrees = (magnitude >> (32 - 8 * step)) == (smallest >> (32 - 8 * step))
-            counts = tl.histogram(digit, 256, mask=agrees)
-        reached = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
-        chosen = tl.max(tl.where(reached >= remaining, digits, 0), axis=0)
-        remaining -= tl.sum(tl.where(digits > chosen, counts, 0), axis=0)
-        smallest = smallest | (chosen << (24 - 8 * step))
+    smallest = 0
+    for place in tl.range(0, 31):
+        candidate = smallest | (1 << (30 - place))
+        reached = tl.sum((magnitude >= candidate).to(tl.int32), axis=0)
+        smallest = tl.where(reached >= num_kept, candidate, smallest)
     larger = magnitude > smallest
     equal = magnitude == smallest
-    kept = larger | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= remaining))
+    num_equal = num_kept - tl.sum(larger.to(tl.int32), axis=0)
+    kept = larger | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= num_equal))
     tl.store(pointer, 0.0, mask=inside & (kept == 0))
     if list_kept:
         write_kept(kept, neuron, indices, count)

@@ -39,7 +39,7 @@ def stream_coarse_kernel(
     lane = tl.arange(0, block_rows)
     token = tl.load(inputs + column, mask=inside, other=0.0).to(tl.float32)
     gate_start = gate_up
-    up_start = gate_up + num_neurons.to(tl.int64) * hidden_size
+    up_start = gate_up + tl.cast(num_neurons, tl.int64) * hidden_size
     if not gate_first:
         gate_start, up_start = up_start, gate_start
     total = tl.zeros([block_columns], dtype=tl.float32)
