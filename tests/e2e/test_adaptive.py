@@ -1,7 +1,7 @@
-"""Adaptive length in a real engine (runner v1): never wrong, shorter where drafts fail, off where they cannot pay."""
+"""Adaptive length in a real engine: never wrong, shorter where drafts fail, off where they cannot pay."""
 
 from support.real_models import SMOL, chat_prompts, mixed_prompts, model_path
-from support.runners import only_v1
+from support.runners import only_v1, only_v2
 
 SAMPLING = {"max_tokens": 40, "ignore_eos": True}
 
@@ -47,3 +47,23 @@ def test_costs_are_measured_and_can_be_asked_for(host):
     assert sorted(map(int, plain["draft_seconds"])) == [1, 2, 4]
     assert all(0 < seconds < 10 for curve in costs.values() for seconds in curve.values())
     assert costs["target_seconds"]["64"] > costs["target_seconds"]["1"]
+
+
+def by_batch(**options):
+    sirius = {"method": "sirius", "acceptance": "lossless", "kernel_size": 8, "sparsity": "coarse", **options}
+    return {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 2, "speculative_config": sirius}
+
+
+@only_v2
+def test_the_scheduler_chooses_a_length_for_the_batch(host):
+    prompts = mixed_prompts(SMOL, 2)
+    alone = {key: value for key, value in by_batch().items() if key != "speculative_config"}
+    reference = host.generate(alone, prompts, SAMPLING).token_ids
+    found = host.generate(by_batch(), prompts, SAMPLING)
+    assert found.token_ids == reference
+    # Some steps are spent on measuring lengths of 0 and 7, so drafts are shorter than 7 on average.
+    assert 0 < found.num_draft_tokens < 7 * found.num_drafts
+    report = host.probe(by_batch(), "support.probes:lengths_by_batch")
+    assert report["scheduler"] == "SiriusScheduler"
+    assert {"0", "7"} <= set(report["seconds"]["1"])
+    assert all(seconds > 0 for load in report["seconds"].values() for seconds in load.values())

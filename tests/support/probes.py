@@ -76,6 +76,17 @@ def measured_costs(llm: Any) -> dict[str, Any]:
     return costs
 
 
+def lengths_by_batch(llm: Any) -> dict[str, Any]:
+    """Which scheduler an engine has, and what it measured: seconds by draft length, by the logarithm of the batch size."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    lengths = getattr(scheduler, "draft_lengths", None)
+    loads = lengths._loads if lengths is not None else {}
+    return {
+        "scheduler": type(scheduler).__qualname__,
+        "seconds": {str(size): {str(n): s for n, s in load._seconds.items()} for size, load in loads.items()},
+    }
+
+
 def free_slots(llm: Any) -> dict[str, int]:
     """Slots of the statistics on Model Runner V1, which hands them out itself."""
     statistics = model_runner(llm).drafter.statistics

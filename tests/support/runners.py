@@ -13,5 +13,8 @@ RUNNERS = ("v1", "v2")
 only_v1 = pytest.mark.parametrize("host", ["v1"], indirect=True)
 """What only Model Runner V1 can show, or what V2 would repeat at too high a cost."""
 
+only_v2 = pytest.mark.parametrize("host", ["v2"], indirect=True)
+"""What only Model Runner V2 has."""
+
 v2_is_slow = pytest.mark.parametrize("host", ["v1", pytest.param("v2", marks=pytest.mark.slow)], indirect=True)
 """`make test` runs it on Model Runner V1, `make test-all` on both."""

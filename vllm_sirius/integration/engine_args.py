@@ -79,6 +79,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if speculative_config.sirius_config(vllm_config.speculative_config) is not None:
             engine_support.check_engine(vllm_config)
             engine_support.choose_worker(vllm_config)
+            engine_support.choose_scheduler(vllm_config)
         return vllm_config
 
     return wrapper

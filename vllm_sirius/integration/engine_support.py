@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.platform_utils import is_uva_available
 
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.integration.speculative_config import sirius_config
+from vllm_sirius.integration.speculative_config import fix_lengths, sirius_config
+
+logger = init_logger("vllm.sirius")
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 SIRIUS_CPU_WORKER = "vllm_sirius.integration.cpu_worker.SiriusCPUWorker"
+
+SIRIUS_SCHEDULERS = {
+    False: "vllm_sirius.integration.scheduler.SiriusScheduler",
+    True: "vllm_sirius.integration.scheduler.SiriusAsyncScheduler",
+}
+"""By whether scheduling is async."""
 
 WORKERS = (CPU_WORKER, SIRIUS_CPU_WORKER, "vllm.v1.worker.gpu_worker.Worker")
 
@@ -160,3 +169,26 @@ def choose_worker(vllm_config: Any) -> None:
     """Names the worker class that drafts on CPU; a GPU's own worker needs no change. Arguments as in `check_engine`."""
     if current_platform.is_cpu():
         vllm_config.parallel_config.worker_cls = SIRIUS_CPU_WORKER
+
+
+def choose_scheduler(vllm_config: Any) -> None:
+    """Names the scheduler class that chooses draft lengths on Model Runner V2; on V1 the worker does, request by request.
+
+    Args:
+        vllm_config: The engine's config.
+    """
+    scheduler = vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
+    if speculative.adaptive_lengths is None:
+        return
+    if not vllm_config.use_v2_model_runner:
+        fix_lengths(speculative)
+    elif scheduler.scheduler_cls in SIRIUS_SCHEDULERS.values():
+        return
+    elif scheduler.scheduler_cls is not None:
+        logger.warning(
+            "Sirius: drafts have a fixed length, because scheduler_cls=%s is in use", scheduler.scheduler_cls
+        )
+        fix_lengths(speculative)
+    else:
+        scheduler.scheduler_cls = SIRIUS_SCHEDULERS[bool(scheduler.async_scheduling)]

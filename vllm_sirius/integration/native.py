@@ -34,6 +34,7 @@ class SiriusMethod:
         """Refuses a set-up that cannot be served, and names the worker class; see `engine_support`."""
         engine_support.check_engine(vllm_config)
         engine_support.choose_worker(vllm_config)
+        engine_support.choose_scheduler(vllm_config)
 
     def num_lookahead_tokens(self, speculative_config: Any) -> int:
         """KV slots that the draft writes past the text; see `lookahead.num_lookahead_tokens`."""

@@ -6,13 +6,16 @@ import hashlib
 from dataclasses import replace
 from typing import Any, Literal
 
+import vllm.envs as envs
 from pydantic import SkipValidation
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import config
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.drafting.batch_length import draft_lengths
 from vllm_sirius.errors import SiriusConfigError
 
 METHOD: Literal["sirius"] = "sirius"
@@ -25,10 +28,12 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
 
     Attributes:
         sirius: The knobs.
+        adaptive_lengths: Draft lengths from which the scheduler chooses one for each batch, or ``None`` if it does not.
     """
 
     method: Literal["sirius"] | None = "sirius"
     sirius: SkipValidation[SiriusConfig] = None  # type: ignore[assignment]
+    adaptive_lengths: SkipValidation[tuple[int, ...] | None] = None
 
     def __post_init__(self) -> None:
         """Fills in what upstream would read from a draft model; the parent's version would load one."""
@@ -104,12 +109,39 @@ def create(
         SiriusConfigError: If an option is bad.
     """
     knobs = SiriusConfig.from_options(options)
+    schedule, lengths = _schedule(options, knobs), None
+    if schedule is None and knobs.adaptive and _expects_runner_v2() and target_parallel_config.data_parallel_size == 1:
+        lengths = draft_lengths(knobs.num_speculative_tokens)
+        schedule = _schedule_of(lengths)
     return SiriusSpeculativeConfig(
         sirius=knobs,
-        num_speculative_tokens_per_batch_size=_schedule(options, knobs),
+        adaptive_lengths=lengths,
+        num_speculative_tokens_per_batch_size=schedule,
         target_model_config=target_model_config,
         target_parallel_config=target_parallel_config,
     )
+
+
+def fix_lengths(speculative_config: Any) -> None:
+    """Takes back that the scheduler chooses draft lengths.
+
+    Args:
+        speculative_config: A speculative config of Sirius.
+    """
+    if speculative_config.adaptive_lengths is not None:
+        speculative_config.adaptive_lengths = None
+        speculative_config.num_speculative_tokens_per_batch_size = None
+
+
+def _expects_runner_v2() -> bool:
+    """Whether the engine will run on Model Runner V2, as far as can be said before its whole config is there."""
+    chosen: bool | None = envs.VLLM_USE_V2_MODEL_RUNNER
+    return HAS_TRITON if chosen is None else chosen
+
+
+def _schedule_of(lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """A schedule that names every length, which is what CUDA graphs are captured by; no batch is scheduled by it."""
+    return [(size, size, length) for size, length in enumerate(reversed(lengths), start=1)]
 
 
 def _schedule(options: dict[str, Any], knobs: SiriusConfig) -> list[tuple[int, int, int]] | None:

@@ -170,7 +170,8 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     draft = DraftModel(target.model, ffns, vllm_config)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
-    adaptive = config.adaptive and not vllm_config.use_v2_model_runner
+    by_batch = vllm_config.speculative_config.adaptive_lengths is not None
+    adaptive = by_batch if vllm_config.use_v2_model_runner else config.adaptive
     _announce(config, adaptive, target.shape, ffns.num_bytes, target.kernels, difference)
     logger.info(
         "Sirius: the target's linear layers run on %s (%s)",

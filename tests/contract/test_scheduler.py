@@ -1,0 +1,67 @@
+"""Which scheduler an engine gets, and that Sirius's schedulers stand on vLLM's. CPU engines never schedule async, GPUs do."""
+
+import os
+from pathlib import Path
+
+import pytest
+from support.engine_host import runner_environment
+from support.real_models import SMOL, model_path
+from test_hooks import ask
+
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+SIRIUS = {"method": "sirius", "kernel_size": 8}
+
+
+def probe_scheduler(model, options, async_scheduling=False, scheduler_cls=None):
+    """What the configuration of an engine came to."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm_sirius.integration import engine_support
+
+    engine = EngineArgs(model=model, max_model_len=128, speculative_config=options, scheduler_cls=scheduler_cls)
+    config = engine.create_engine_config()
+    if async_scheduling:
+        config.scheduler_config.scheduler_cls = None
+        config.scheduler_config.async_scheduling = True
+        engine_support.choose_scheduler(config)
+    speculative = config.speculative_config
+    return {
+        "class": config.scheduler_config.get_scheduler_cls().__qualname__,
+        "bases": [base.__qualname__ for base in config.scheduler_config.get_scheduler_cls().__mro__],
+        "lengths": getattr(speculative, "adaptive_lengths", None),
+        "schedule": speculative.num_speculative_tokens_per_batch_size,
+    }
+
+
+def on(runner):
+    """Variables of a process whose engines use a model runner."""
+    variables = runner_environment(runner)
+    return {**variables, "PYTHONPATH": os.pathsep.join([variables["PYTHONPATH"], str(Path(__file__).parent)])}
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_lengths_adapt_on_model_runner_v2(async_scheduling):
+    found = ask(probe_scheduler, model_path(SMOL), SIRIUS, async_scheduling, environment=on("v2"))
+    assert found["class"] == ("SiriusAsyncScheduler" if async_scheduling else "SiriusScheduler")
+    assert ("AsyncScheduler" in found["bases"]) == async_scheduling
+    assert found["lengths"] == [0, 1, 3, 7]
+    # Every length once: CUDA graphs are captured for each.
+    assert found["schedule"] == [[1, 1, 7], [2, 2, 3], [3, 3, 1], [4, 4, 0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "runner", "scheduler"),
+    [
+        pytest.param({**SIRIUS, "adaptive": False}, "v2", None, id="fixed"),
+        pytest.param({**SIRIUS, SCHEDULE: [[1, 2, 5]]}, "v2", None, id="schedule"),
+        pytest.param(SIRIUS, "v2", "vllm.v1.core.sched.scheduler.Scheduler", id="the user's class"),
+        pytest.param(SIRIUS, "v1", None, id="v1"),
+    ],
+)
+def test_the_scheduler_stays_vllms_where_it_need_not_choose(options, runner, scheduler):
+    found = ask(probe_scheduler, model_path(SMOL), options, False, scheduler, environment=on(runner))
+    assert found["class"] == "Scheduler"
+    assert found["lengths"] is None
+    assert found["schedule"] == ([[1, 2, 5]] if SCHEDULE in options else None)
