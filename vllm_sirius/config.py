@@ -63,8 +63,8 @@ class SiriusConfig:
             token that the request's own constraints allow; ``> 1`` accepts only the target's own choice.
         threshold_temperature: Temperature of the likelihood in the threshold rule for greedy requests (0.6 in the
             authors' code, absent from the paper's Algorithm 1). Sampling requests use their own temperature.
-        adaptive: Let each request's draft length follow its recent acceptance; ``False`` always drafts
-            ``kernel_size - 1`` tokens.
+        adaptive: Let each request's draft length follow its recent acceptance (on Model Runner V2 one length for the batch);
+            ``False`` always drafts ``kernel_size - 1`` tokens.
         lookup_tokens: Most tokens that a draft step checks beside the one it drafts: guesses of what follows, looked up in
             the request's own text. As many are taken as pay by measured cost; the draft stays the same and gets cheaper.
             0 looks nothing up. Model Runner V2 drafts token by token.
