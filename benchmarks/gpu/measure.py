@@ -34,7 +34,7 @@ class Arm:
 
     name: str
     num_bytes: int
-    replay: Callable[[], None]
+    replay: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -181,7 +181,10 @@ def time_ffns(decoder: Decoder, num_tokens: int, max_layers: int) -> list[Arm]:
     def dense_usual_layout(index: int, layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
         return F.linear(silu_and_mul(F.linear(inputs, layer.gate_up)), usual[index])
 
-    ways = [
+    def in_a_row(ffn: FFN) -> Callable[[], object]:
+        return lambda: [ffn(index, layer, inputs) for index, layer in enumerate(layers)]
+
+    ways: list[tuple[str, FFN, int]] = [
         ("dense", dense_ffn, decoder.shape.ffn_parameters),
         ("dense, usual layout", dense_usual_layout, decoder.shape.ffn_parameters),
     ]
@@ -190,7 +193,6 @@ def time_ffns(decoder: Decoder, num_tokens: int, max_layers: int) -> list[Arm]:
         ways.append((f"{kind} {density}", draft_ffn(decoder, kind, density), read))
     arms = []
     for name, ffn, parameters in ways:
-        replay = capture(lambda ffn=ffn: [ffn(index, layer, inputs) for index, layer in enumerate(layers)])
-        arms.append(Arm(name, len(layers) * parameters * decoder.dtype.itemsize, replay))
+        arms.append(Arm(name, len(layers) * parameters * decoder.dtype.itemsize, capture(in_a_row(ffn))))
     time_arms(arms)
     return arms
