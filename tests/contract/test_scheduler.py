@@ -35,6 +35,34 @@ def probe_scheduler(model, options, async_scheduling=False, scheduler_cls=None):
     }
 
 
+def probe_observations(steps):
+    """What a scheduler tells the policy of steps: drafts scheduled, tokens scheduled and sampled by request, the new length."""
+    from types import SimpleNamespace
+
+    from vllm_sirius.integration.scheduler import SiriusAsyncScheduler
+
+    found = []
+    scheduler = object.__new__(SiriusAsyncScheduler)
+    scheduler.draft_lengths = SimpleNamespace(
+        observe_verdicts=lambda verdicts: found.append(["verdicts", *map(list, verdicts)]),
+        observe_step=lambda num_rows, length, seconds: found.append(["step", num_rows, length, seconds]),
+    )
+    for step in steps:
+        output = SimpleNamespace(
+            scheduled_spec_decode_tokens={name: [-1] * count for name, count in step["drafts"].items()},
+            num_scheduled_tokens=step["scheduled"],
+            num_spec_tokens_to_schedule=step["length"],
+            scheduled_new_reqs=step.get("new", []),
+        )
+        sampled = step["sampled"]
+        answer = SimpleNamespace(
+            sampled_token_ids=[[7] * count for count in sampled.values()],
+            req_id_to_index={name: place for place, name in enumerate(sampled)},
+        )
+        scheduler._observe(output, answer, 0.25)
+    return found
+
+
 def on(runner):
     """Variables of a process whose engines use a model runner."""
     variables = runner_environment(runner)
@@ -65,3 +93,28 @@ def test_the_scheduler_stays_vllms_where_it_need_not_choose(options, runner, sch
     assert found["class"] == "Scheduler"
     assert found["lengths"] is None
     assert found["schedule"] == ([[1, 2, 5]] if SCHEDULE in options else None)
+
+
+def test_only_steps_of_one_length_are_timed():
+    steady = {"drafts": {"a": 3, "b": 3}, "scheduled": {"a": 4, "b": 4}, "sampled": {"a": 2, "b": 4}, "length": 3}
+    steps = [
+        steady,
+        {**steady, "length": 1},  # drafts of another length are under way
+        {**steady, "scheduled": {"a": 4, "b": 9}, "drafts": {"a": 3}, "sampled": {"a": 1, "b": 0}},  # b is in prefill
+        {**steady, "new": ["b"]},
+        {"drafts": {}, "scheduled": {"a": 1}, "sampled": {"a": 1}, "length": 0},
+        {**steady, "sampled": {"a": 1}},  # b was aborted
+    ]
+    found = ask(probe_observations, steps, environment=on("v1"))
+    both = ["verdicts", [3, 1], [3, 3]]
+    assert found == [
+        both,
+        ["step", 2, 3, 0.25],
+        both,
+        ["verdicts", [3, 0]],
+        both,
+        ["verdicts"],
+        ["step", 1, 0, 0.25],
+        ["verdicts", [3, 0]],
+        ["step", 2, 3, 0.25],
+    ]

@@ -88,7 +88,9 @@ class AdaptiveLengths(_Base):
         for request, count in counts.items():
             num_drafted = len(drafts.get(request, ()))
             steady = steady and num_drafted == length and count == 1 + num_drafted
-            num_sampled = len(sampled[places[request]]) if sampled else 0
+            # An aborted request may be gone from the output.
+            place = places.get(request)
+            num_sampled = len(sampled[place]) if sampled and place is not None else 0
             if num_drafted and num_sampled:
                 verdicts.append((num_drafted, num_sampled - 1))
         self.draft_lengths.observe_verdicts(verdicts)
