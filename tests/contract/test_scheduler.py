@@ -69,30 +69,47 @@ def on(runner):
     return {**variables, "PYTHONPATH": os.pathsep.join([variables["PYTHONPATH"], str(Path(__file__).parent)])}
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True])
-def test_lengths_adapt_on_model_runner_v2(async_scheduling):
-    found = ask(probe_scheduler, model_path(SMOL), SIRIUS, async_scheduling, environment=on("v2"))
-    assert found["class"] == ("SiriusAsyncScheduler" if async_scheduling else "SiriusScheduler")
-    assert ("AsyncScheduler" in found["bases"]) == async_scheduling
+CASES = {
+    # options, whether scheduling is async, the user's scheduler class
+    "sync": (SIRIUS, False, None),
+    "async": (SIRIUS, True, None),
+    "fixed": ({**SIRIUS, "adaptive": False}, False, None),
+    "schedule": ({**SIRIUS, SCHEDULE: [[1, 2, 5]]}, False, None),
+    "own class": (SIRIUS, False, "vllm.v1.core.sched.scheduler.Scheduler"),
+}
+
+
+def probe_schedulers(model, cases):
+    """`probe_scheduler` of several cases in one process."""
+    return {name: probe_scheduler(model, *case) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def on_v2():
+    return ask(probe_schedulers, model_path(SMOL), CASES, environment=on("v2"))
+
+
+@pytest.mark.parametrize("case", ["sync", "async"])
+def test_lengths_adapt_on_model_runner_v2(on_v2, case):
+    found = on_v2[case]
+    assert found["class"] == {"sync": "SiriusScheduler", "async": "SiriusAsyncScheduler"}[case]
+    assert ("AsyncScheduler" in found["bases"]) == (case == "async")
     assert found["lengths"] == [0, 1, 3, 7]
     # Every length once: CUDA graphs are captured for each.
     assert found["schedule"] == [[1, 1, 7], [2, 2, 3], [3, 3, 1], [4, 4, 0]]
 
 
-@pytest.mark.parametrize(
-    ("options", "runner", "scheduler"),
-    [
-        pytest.param({**SIRIUS, "adaptive": False}, "v2", None, id="fixed"),
-        pytest.param({**SIRIUS, SCHEDULE: [[1, 2, 5]]}, "v2", None, id="schedule"),
-        pytest.param(SIRIUS, "v2", "vllm.v1.core.sched.scheduler.Scheduler", id="the user's class"),
-        pytest.param(SIRIUS, "v1", None, id="v1"),
-    ],
-)
-def test_the_scheduler_stays_vllms_where_it_need_not_choose(options, runner, scheduler):
-    found = ask(probe_scheduler, model_path(SMOL), options, False, scheduler, environment=on(runner))
+@pytest.mark.parametrize("case", ["fixed", "schedule", "own class"])
+def test_the_scheduler_stays_vllms_where_it_need_not_choose(on_v2, case):
+    found = on_v2[case]
     assert found["class"] == "Scheduler"
     assert found["lengths"] is None
-    assert found["schedule"] == ([[1, 2, 5]] if SCHEDULE in options else None)
+    assert found["schedule"] == ([[1, 2, 5]] if case == "schedule" else None)
+
+
+def test_on_model_runner_v1_the_worker_chooses():
+    found = ask(probe_scheduler, model_path(SMOL), SIRIUS, environment=on("v1"))
+    assert (found["class"], found["lengths"], found["schedule"]) == ("Scheduler", None, None)
 
 
 def test_only_steps_of_one_length_are_timed():
