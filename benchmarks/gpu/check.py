@@ -15,7 +15,7 @@ from benchmarks.gpu.decoder import Decoder, Layer, coarse, dense_ffn, fine
 from benchmarks.gpu.measure import DRAFTS, draft_ffn, ffn_parameters, num_kept, step_bytes
 from benchmarks.gpu.shapes import PAPER_RESULTS, TINY
 
-LENGTH = 136
+LENGTH = 72
 
 
 def run_checks() -> None:

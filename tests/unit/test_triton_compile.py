@@ -123,6 +123,9 @@ def test_streams_compile(capability: int) -> None:
         (streaming.stream_fine_kernel, {}),
     ):
         assert "v4.b32" in compile_stream(capability, tiles, kernel, **constants)
+        # Sizes of one, which Triton makes constants.
+        ones = {name: 1 for name in ("num_kept", "num_neurons", "hidden_size") if name in kernel.arg_names}
+        compile_stream(capability, tiles, kernel, **constants, **ones)
     compile_for(capability, streaming.sum_programs_kernel, {"block_programs": 64, "block_columns": 16})
 
 
