@@ -29,7 +29,8 @@ CATALOGUE: dict[str, dict[str, Any]] = {
     "vllm-compiled": {},
     # As in vLLM's documentation; as many draft tokens as the draft model's arm.
     "ngram": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4},
-    "suffix": {"method": "suffix"},
+    # Without answers to earlier requests: repeats ask the same prompts, whose answers it would only replay.
+    "suffix": {"method": "suffix", "suffix_decoding_max_cached_requests": 0},
     "draft-model": {"method": "draft_model", "num_speculative_tokens": 4},
     "default": {"method": SIRIUS},
     "coarse-shared": {**_SHARED, "sparsity": "coarse"},
