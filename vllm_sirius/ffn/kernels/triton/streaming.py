@@ -14,6 +14,21 @@ from vllm_sirius.triton_runtime import jit, tl
 
 
 @jit
+def kept_rows(
+    indices: tl.tensor,
+    position: tl.tensor,
+    num_kept: tl.tensor,
+    column: tl.tensor,
+    inside: tl.tensor,
+    hidden_size: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Where the rows of some kept neurons lie: the neurons and which of them exist, offsets of their weights and a mask."""
+    row_mask = position < num_kept
+    neuron = tl.load(indices + position, mask=row_mask, other=0).to(tl.int64)
+    return neuron, row_mask, neuron[:, None] * hidden_size + column[None, :], row_mask[:, None] & inside[None, :]
+
+
+@jit
 def stream_coarse_kernel(
     inputs: tl.tensor,
     gate_up: tl.tensor,
@@ -45,11 +60,7 @@ def stream_coarse_kernel(
     total = tl.zeros([block_columns], dtype=tl.float32)
     num_blocks = tl.cdiv(num_kept, block_rows)
     for block in tl.range(tl.program_id(0), num_blocks, tl.num_programs(0), num_stages=stages):
-        position = block * block_rows + lane
-        row_mask = position < num_kept
-        neuron = tl.load(indices + position, mask=row_mask, other=0).to(tl.int64)
-        offset = neuron[:, None] * hidden_size + column[None, :]
-        mask = row_mask[:, None] & inside[None, :]
+        _, _, offset, mask = kept_rows(indices, block * block_rows + lane, num_kept, column, inside, hidden_size)
         gate_tile = tl.load(gate_start + offset, mask=mask, other=0.0, eviction_policy="evict_first")
         up_tile = tl.load(up_start + offset, mask=mask, other=0.0, eviction_policy="evict_first")
         down_tile = tl.load(down_rows + offset, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -86,11 +97,9 @@ def stream_fine_kernel(
     total = tl.zeros([block_columns], dtype=tl.float32)
     num_blocks = tl.cdiv(num_kept, block_rows)
     for block in tl.range(tl.program_id(0), num_blocks, tl.num_programs(0), num_stages=stages):
-        position = block * block_rows + lane
-        row_mask = position < num_kept
-        neuron = tl.load(indices + position, mask=row_mask, other=0).to(tl.int64)
-        offset = neuron[:, None] * hidden_size + column[None, :]
-        mask = row_mask[:, None] & inside[None, :]
+        neuron, row_mask, offset, mask = kept_rows(
+            indices, block * block_rows + lane, num_kept, column, inside, hidden_size
+        )
         gate = tl.load(activated + neuron, mask=row_mask, other=0.0)
         up_tile = tl.load(up + offset, mask=mask, other=0.0, eviction_policy="evict_first")
         down_tile = tl.load(down_rows + offset, mask=mask, other=0.0, eviction_policy="evict_first")
