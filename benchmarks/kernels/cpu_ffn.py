@@ -34,10 +34,11 @@ from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn, instruction_set
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
 from vllm_sirius.ffn.kernels.cpu.low_bit_panel_kernels import panels_ffn, panels_linear
-from vllm_sirius.ffn.kernels.cpu.memory import empty_rows
+from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
 from vllm_sirius.ffn.kernels.cpu.panel_linear import panel_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
+from vllm_sirius.ffn.weights import gates_first
 
 Layers = list[torch.Tensor]
 DENSITIES = (0.5, 0.3)
@@ -140,7 +141,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 def draw_rows(num_neurons: int, hidden_size: int) -> torch.Tensor:
     """Draws neuron-major weights ``bf16 [num_neurons, 3, hidden_size]``."""
-    rows = empty_rows(num_neurons, hidden_size, torch.bfloat16)
+    rows = empty_on_huge_pages((num_neurons, 3, hidden_size), torch.bfloat16)
     for part in rows.split(1024):
         part.copy_(torch.randn(part.shape) / hidden_size**0.5)
     return rows
@@ -198,6 +199,7 @@ def ffn_arms(layers: Layers, low: dict[int, list[LowBitRows]], inputs: torch.Ten
     }
     fine_share = (1 + 2 * united_density(layers[0], inputs)) / 3
     half, silu = num_neurons // 2, Activation.SILU
+    fine_layers = [with_gates_first(layer) for layer in layers]
     for density, indices in kept.items():
 
         def coarse(layer: int, inputs: torch.Tensor, indices: Layers = indices) -> torch.Tensor:
@@ -206,7 +208,7 @@ def ffn_arms(layers: Layers, low: dict[int, list[LowBitRows]], inputs: torch.Ten
         yield Arm(f"bf16 coarse {density}", coarse, density * layers[0].nbytes, num_layers)
     fine_bytes = fine_share * layers[0].nbytes
     yield Arm(
-        "bf16 fine 0.5", lambda layer, inputs: fine_ffn(inputs, layers[layer], half, silu), fine_bytes, num_layers
+        "bf16 fine 0.5", lambda layer, inputs: fine_ffn(inputs, fine_layers[layer], half, silu), fine_bytes, num_layers
     )
     for bits, rows in low.items():
         num_bytes = rows[0].num_bytes
@@ -220,13 +222,23 @@ def ffn_arms(layers: Layers, low: dict[int, list[LowBitRows]], inputs: torch.Ten
             name = f"int{bits} coarse {density}" if chosen else f"int{bits} none"
             yield Arm(name, low_coarse, density * num_bytes, num_layers)
 
-        def low_fine(layer: int, inputs: torch.Tensor, rows: list[LowBitRows] = rows) -> torch.Tensor:
+        fine_rows = [LowBitRows.quantise(layer, bits) for layer in fine_layers]
+
+        def low_fine(layer: int, inputs: torch.Tensor, rows: list[LowBitRows] = fine_rows) -> torch.Tensor:
             return low_bit_fine_ffn(inputs, rows[layer], half, silu)
 
         yield Arm(f"int{bits} fine 0.5", low_fine, fine_share * num_bytes, num_layers)
     panels = [panels_of(rows) for rows in layers]
     num_bytes = panels[0][0].nbytes + panels[0][1].num_bytes
     yield Arm("int4 panels", lambda layer, inputs: panels_ffn(inputs, *panels[layer], silu), num_bytes, num_layers)
+
+
+def with_gates_first(rows: torch.Tensor) -> torch.Tensor:
+    """The rows ``[neurons, 3, hidden]`` as the kernels for fine sparsity read them."""
+    place = gates_first(rows.shape[0], rows.shape[2])
+    result = empty_on_huge_pages(place.shape, rows.dtype)
+    result[place.gate], result[place.up], result[place.down] = rows.unbind(1)
+    return result
 
 
 def panels_of(rows: torch.Tensor) -> tuple[torch.Tensor, LowBitPanels]:

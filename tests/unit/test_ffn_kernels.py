@@ -19,7 +19,8 @@ import torch
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels import reference
 from vllm_sirius.ffn.kernels.cpu import build, kernels
-from vllm_sirius.ffn.kernels.cpu.memory import empty_rows
+from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
+from vllm_sirius.ffn.weights import gates_first
 
 WIDTHS = (1, 7, 33, 896, 1537)
 NUM_NEURONS = (1, 5, 176)
@@ -63,9 +64,17 @@ class Case:
         cls, tokens: int, width: int, neurons: int, dtype: torch.dtype, activation: Activation = Activation.SILU
     ) -> Case:
         inputs = torch.randn(tokens, width).to(dtype)
-        rows = empty_rows(neurons, width, dtype)
+        rows = empty_on_huge_pages((neurons, 3, width), dtype)
         rows.copy_(torch.randn(neurons, 3, width) / width**0.5)
         return cls(inputs, rows, activation)
+
+    @property
+    def fine_rows(self) -> torch.Tensor:
+        """The rows as the kernel for fine sparsity reads them."""
+        place = gates_first(self.rows.shape[0], self.rows.shape[2])
+        rows = empty_on_huge_pages(place.shape, self.rows.dtype)
+        rows[place.gate], rows[place.up], rows[place.down] = self.rows.unbind(1)
+        return rows
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate before its activation, up, and down rows, fp32."""
@@ -124,7 +133,7 @@ def assert_fine(case: Case, num_kept: int) -> None:
     clear = torch.ones(gate.shape[0], dtype=torch.bool)
     if 0 < num_kept < gate.shape[1]:
         clear = order.values[:, num_kept - 1] - order.values[:, num_kept] > 1e-5
-    actual = kernels.fine_ffn(case.inputs, case.rows, num_kept, case.activation)
+    actual = kernels.fine_ffn(case.inputs, case.fine_rows, num_kept, case.activation)
     expected = reference.fine_ffn(case.inputs, case.rows, num_kept, case.activation)
     assert actual.dtype == case.inputs.dtype
     assert actual.shape == case.inputs.shape
@@ -157,10 +166,10 @@ def test_more_tokens_than_one_pass_takes(dtype: torch.dtype) -> None:
 def test_no_tokens_and_no_neurons(dtype: torch.dtype) -> None:
     case = Case.draw(0, 64, 8, dtype)
     assert kernels.coarse_ffn(case.inputs, case.rows, random_subset(8, 4), "silu").shape == (0, 64)
-    assert kernels.fine_ffn(case.inputs, case.rows, 4, "silu").shape == (0, 64)
+    assert kernels.fine_ffn(case.inputs, case.fine_rows, 4, "silu").shape == (0, 64)
     case = Case.draw(3, 64, 8, dtype)
     assert not kernels.coarse_ffn(case.inputs, case.rows, random_subset(8, 0), "silu").any()
-    assert not kernels.fine_ffn(case.inputs, case.rows, 0, "silu").any()
+    assert not kernels.fine_ffn(case.inputs, case.fine_rows, 0, "silu").any()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -172,7 +181,7 @@ def test_keeping_all_is_the_dense_ffn(activation: Activation) -> None:
     hidden = activation.function(gate) * torch.nn.functional.linear(inputs, up_weight)
     dense = torch.nn.functional.linear(hidden, down_rows.T)
     coarse = kernels.coarse_ffn(case.inputs, case.rows, torch.arange(77, dtype=torch.int32), activation)
-    fine = kernels.fine_ffn(case.inputs, case.rows, 77, activation)
+    fine = kernels.fine_ffn(case.inputs, case.fine_rows, 77, activation)
     torch.testing.assert_close(coarse.double(), dense, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fine.double(), dense, rtol=1e-4, atol=1e-5)
 
@@ -192,7 +201,7 @@ def test_ties_keep_the_lower_index(dtype: torch.dtype) -> None:
             ranked = sorted(range(neurons), key=lambda j: (-magnitude[token, j].item(), j))
             mask[token, ranked[:kept]] = 1.0
         expected = reference.fine_ffn(case.inputs, case.rows, kept, "silu")
-        assert_close(case, kernels.fine_ffn(case.inputs, case.rows, kept, "silu"), expected, mask)
+        assert_close(case, kernels.fine_ffn(case.inputs, case.fine_rows, kept, "silu"), expected, mask)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -204,7 +213,7 @@ def test_threads_change_nothing_but_rounding(threads: int) -> None:
     case = Case.draw(4, 200, 176, torch.bfloat16)
     indices = random_subset(176, 88)
     coarse = [kernels.coarse_ffn(case.inputs, case.rows, indices, "silu") for _ in range(5)]
-    fine = [kernels.fine_ffn(case.inputs, case.rows, 88, "silu") for _ in range(5)]
+    fine = [kernels.fine_ffn(case.inputs, case.fine_rows, 88, "silu") for _ in range(5)]
     assert all(torch.equal(output, coarse[0]) for output in coarse)
     assert all(torch.equal(output, fine[0]) for output in fine)
 
@@ -224,15 +233,21 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="inputs must be"):
         kernels.coarse_ffn(case.inputs.bfloat16(), case.rows, indices, "silu")
     with pytest.raises(ValueError, match="inputs must be"):
-        kernels.fine_ffn(case.inputs[:, :8], case.rows, 2, "silu")
+        kernels.fine_ffn(case.inputs[:, :8], case.fine_rows, 2, "silu")
+    with pytest.raises(ValueError, match=r"\[neurons, 3, hidden\]"):
+        kernels.coarse_ffn(case.inputs, case.fine_rows, indices, "silu")
+    with pytest.raises(ValueError, match=r"\[3 \* neurons, hidden\]"):
+        kernels.fine_ffn(case.inputs, case.rows, 2, "silu")
+    with pytest.raises(ValueError, match=r"\[3 \* neurons, hidden\]"):
+        kernels.fine_ffn(case.inputs, case.fine_rows[:11], 2, "silu")
     with pytest.raises(ValueError, match="rows must be contiguous"):
-        kernels.coarse_ffn(case.inputs, case.rows.transpose(0, 1), indices, "silu")
+        kernels.coarse_ffn(case.inputs, torch.randn(3, 3, 16).transpose(0, 1), indices, "silu")
     with pytest.raises(ValueError, match="rows must be contiguous"):
-        kernels.fine_ffn(case.inputs.double(), case.rows.double(), 2, "silu")
+        kernels.fine_ffn(case.inputs.double(), case.fine_rows.double(), 2, "silu")
     with pytest.raises(ValueError, match="num_kept must lie"):
-        kernels.fine_ffn(case.inputs, case.rows, 5, "silu")
+        kernels.fine_ffn(case.inputs, case.fine_rows, 5, "silu")
     with pytest.raises(ValueError, match="relu"):
-        kernels.fine_ffn(case.inputs, case.rows, 2, "relu")
+        kernels.fine_ffn(case.inputs, case.fine_rows, 2, "relu")
     for outside in (4, -1):
         with pytest.raises(IndexError, match=r"\[0, 4\)"):
             kernels.coarse_ffn(case.inputs, case.rows, torch.tensor([0, outside], dtype=torch.int32), "silu")
@@ -311,7 +326,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
     program = (
         "from vllm_sirius.ffn.kernels.cpu import build, kernels; import torch\n"
         "build.FLAGS = tuple('-O0' if flag == '-O3' else flag for flag in build.FLAGS)\n"
-        "kernels.fine_ffn(torch.ones(1, 8), torch.ones(4, 3, 8), 2, 'silu'); print(build.build_library())\n"
+        "kernels.fine_ffn(torch.ones(1, 8), torch.ones(12, 8), 2, 'silu'); print(build.build_library())\n"
     )
     environment = {**os.environ, "VLLM_SIRIUS_CACHE": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -337,7 +352,7 @@ def test_no_second_openmp_runtime() -> None:
         "loaded = lambda: {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in os.path.basename(l.split()[-1])}\n"
         "torch.randn(1 << 22).sum(); before = loaded(), len(os.listdir('/proc/self/task'))\n"
         "from vllm_sirius.ffn.kernels.cpu import kernels\n"
-        "kernels.fine_ffn(torch.ones(1, 8), torch.ones(64, 3, 8), 2, 'silu')\n"
+        "kernels.fine_ffn(torch.ones(1, 8), torch.ones(192, 8), 2, 'silu')\n"
         "assert (loaded(), len(os.listdir('/proc/self/task'))) == before, (before, loaded())\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

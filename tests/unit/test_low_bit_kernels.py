@@ -20,6 +20,7 @@ from vllm_sirius.ffn.kernels.cpu import build, low_bit_kernels, low_bit_panel_ke
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels
+from vllm_sirius.ffn.weights import gates_first
 
 BITS = (8, 4)
 WIDTHS = (1, 130, 897)
@@ -68,6 +69,15 @@ class Case:
         """Gate before its activation, up, and down rows, fp32."""
         weights, inputs = self.rows.dequantise(), reference.round_inputs(self.inputs)
         return inputs @ weights[:, 0].T, inputs @ weights[:, 1].T, weights[:, 2]
+
+
+def with_gates_first(rows: LowBitRows) -> LowBitRows:
+    """The rows as the kernel for fine sparsity reads them."""
+    place = gates_first(rows.shape[0], rows.width)
+    result = LowBitRows.empty(rows.bits, place.shape)
+    for to, part in ((result.packed, rows.packed), (result.scales, rows.scales)):
+        to[place.gate], to[place.up], to[place.down] = part.unbind(1)
+    return result
 
 
 def random_subset(neurons: int, kept: int) -> torch.Tensor:
@@ -121,7 +131,7 @@ def assert_fine(case: Case, num_kept: int) -> None:
     # shifts the groups of all tokens, so such a case says nothing.
     if 0 < num_kept < gate.shape[1] and (order.values[:, num_kept - 1] - order.values[:, num_kept]).min() < 1e-5:
         return
-    actual = low_bit_fine_ffn(case.inputs, case.rows, num_kept, case.activation)
+    actual = low_bit_fine_ffn(case.inputs, with_gates_first(case.rows), num_kept, case.activation)
     expected = reference.fine_ffn(case.inputs, case.rows, num_kept, case.activation)
     assert_close(case, actual, expected, mask)
 
@@ -180,7 +190,7 @@ def test_keeping_all_is_near_the_dense_ffn(bits: int) -> None:
     dense = (torch.nn.functional.silu(gate) * up) @ weights[:, 2]
     for output in (
         low_bit_coarse_ffn(case.inputs, case.rows, None, "silu"),
-        low_bit_fine_ffn(case.inputs, case.rows, 200, "silu"),
+        low_bit_fine_ffn(case.inputs, with_gates_first(case.rows), 200, "silu"),
     ):
         assert (output - dense).norm() < 0.02 * dense.norm()
 
@@ -189,16 +199,17 @@ def test_keeping_all_is_near_the_dense_ffn(bits: int) -> None:
 def test_no_tokens_no_neurons_and_zero_inputs(bits: int) -> None:
     rows = LowBitRows.quantise(torch.randn(8, 3, 64), bits)
     linear = LowBitRows.quantise(torch.randn(8, 64), bits)
+    fine_rows = with_gates_first(rows)
     nothing = torch.randn(0, 64)
     assert low_bit_coarse_ffn(nothing, rows, random_subset(8, 4), "silu").shape == (0, 64)
-    assert low_bit_fine_ffn(nothing, rows, 4, "silu").shape == (0, 64)
+    assert low_bit_fine_ffn(nothing, fine_rows, 4, "silu").shape == (0, 64)
     assert low_bit_linear(nothing, linear).shape == (0, 8)
     inputs = torch.randn(3, 64)
     assert not low_bit_coarse_ffn(inputs, rows, random_subset(8, 0), "silu").any()
-    assert not low_bit_fine_ffn(inputs, rows, 0, "silu").any()
+    assert not low_bit_fine_ffn(inputs, fine_rows, 0, "silu").any()
     zeros = torch.zeros(3, 64)
     assert not low_bit_coarse_ffn(zeros, rows, None, "silu").any()
-    assert not low_bit_fine_ffn(zeros, rows, 3, "silu").any()
+    assert not low_bit_fine_ffn(zeros, fine_rows, 3, "silu").any()
     bias = torch.randn(8)
     assert torch.equal(low_bit_linear(zeros, linear, bias), bias.expand(3, -1))
 
@@ -214,7 +225,7 @@ def test_threads_change_nothing_but_rounding(bits: int, threads: int) -> None:
     case = Case.draw(bits, 4, 200, 176, torch.bfloat16, Activation.SILU)
     indices = random_subset(176, 88)
     coarse = [low_bit_coarse_ffn(case.inputs, case.rows, indices, "silu") for _ in range(5)]
-    fine = [low_bit_fine_ffn(case.inputs, case.rows, 88, "silu") for _ in range(5)]
+    fine = [low_bit_fine_ffn(case.inputs, with_gates_first(case.rows), 88, "silu") for _ in range(5)]
     assert all(torch.equal(output, coarse[0]) for output in coarse)
     assert all(torch.equal(output, fine[0]) for output in fine)
 
@@ -248,6 +259,7 @@ def test_older_processors(option: str, tmp_path: Path, monkeypatch: pytest.Monke
 def test_wrong_arguments_are_refused() -> None:
     inputs = torch.randn(2, 16)
     rows = LowBitRows.quantise(torch.randn(4, 3, 16), 4)
+    fine_rows = with_gates_first(rows)
     linear = LowBitRows.quantise(torch.randn(4, 16), 4)
     indices = torch.arange(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="indices must be contiguous int32"):
@@ -255,17 +267,21 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="inputs must be"):
         low_bit_coarse_ffn(inputs.double(), rows, indices, "silu")
     with pytest.raises(ValueError, match="inputs must be"):
-        low_bit_fine_ffn(inputs[:, :8], rows, 2, "silu")
+        low_bit_fine_ffn(inputs[:, :8], fine_rows, 2, "silu")
     with pytest.raises(ValueError, match="3 dimensions"):
         low_bit_coarse_ffn(inputs, linear, indices, "silu")
     with pytest.raises(ValueError, match="2 dimensions"):
         low_bit_linear(inputs, rows)
     with pytest.raises(ValueError, match=r"\[neurons, 3, hidden\]"):
-        low_bit_fine_ffn(inputs, LowBitRows.quantise(torch.randn(4, 2, 16), 4), 2, "silu")
+        low_bit_coarse_ffn(inputs, LowBitRows.quantise(torch.randn(4, 2, 16), 4), indices, "silu")
+    with pytest.raises(ValueError, match="2 dimensions"):
+        low_bit_fine_ffn(inputs, rows, 2, "silu")
+    with pytest.raises(ValueError, match=r"\[3 \* neurons, hidden\]"):
+        low_bit_fine_ffn(inputs, linear, 1, "silu")
     with pytest.raises(ValueError, match="num_kept must lie"):
-        low_bit_fine_ffn(inputs, rows, 5, "silu")
+        low_bit_fine_ffn(inputs, fine_rows, 5, "silu")
     with pytest.raises(ValueError, match="relu"):
-        low_bit_fine_ffn(inputs, rows, 2, "relu")
+        low_bit_fine_ffn(inputs, fine_rows, 2, "relu")
     with pytest.raises(ValueError, match="bias must be"):
         low_bit_linear(inputs, linear, torch.randn(5))
     for outside in (4, -1):

@@ -7,12 +7,12 @@ from torch import nn
 
 from vllm_sirius.errors import SiriusIntegrationError, SiriusUnsupportedError
 from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.backends import CPURowsBackend
+from vllm_sirius.ffn.backends import CoarseRowsBackend, FineRowsBackend
 from vllm_sirius.ffn.kernels.native import SWITCH, choose_kernels
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.locate import locate_gated_ffns
 from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
-from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
+from vllm_sirius.ffn.weights import by_neuron, gates_first, neuron_norms, neuron_rows
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.observation import ObservedRows
 from vllm_sirius.sparsity.statistics import NeuronStatistics
@@ -87,8 +87,10 @@ class Model(nn.Module):
         return x
 
 
-def rows_of(ffns):
-    return [neuron_rows(f.gate_up.weight, f.down.weight, f.gate_first) for f in ffns]
+def backend_of(ffns, fine):
+    layout = gates_first if fine else by_neuron
+    rows = [neuron_rows(f.gate_up.weight, f.down.weight, f.gate_first, layout) for f in ffns]
+    return FineRowsBackend(ffns, rows) if fine else CoarseRowsBackend(ffns, rows)
 
 
 def reduced(model, density=0.5, fine=False, native=True):
@@ -99,7 +101,7 @@ def reduced(model, density=0.5, fine=False, native=True):
         selection = CoarseSelection(sizes, density, torch.float32, CPU)
         selection.select(torch.rand(sum(sizes)))
         statistics = NeuronStatistics(sizes, 2, 8, CPU, decay=1.0)
-    found = ReducedFFNs(ffns, density, selection, statistics, CPURowsBackend(ffns, rows_of(ffns)) if native else None)
+    found = ReducedFFNs(ffns, density, selection, statistics, backend_of(ffns, fine) if native else None)
     found.install()
     return found
 
@@ -182,7 +184,7 @@ def test_native_and_masked_fine_drafts_agree(activation):
 def test_large_batches_take_the_masked_way():
     model = Model()
     ffns = reduced(model)
-    x = torch.randn(CPURowsBackend.max_tokens + 1, HIDDEN)
+    x = torch.randn(ffns.backend.max_tokens + 1, HIDDEN)
     with ffns.draft_mode():
         together = model(x)
         apart = torch.cat([model(part) for part in x.split(4)])

@@ -16,6 +16,8 @@ from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels
 from vllm_sirius.sparsity.coarse import num_kept_neurons
 
+Rows = torch.Tensor | LowBitRows
+
 
 class Backend(Protocol):
     """Native kernels bound to the weights of a model's FFNs.
@@ -30,6 +32,21 @@ class Backend(Protocol):
     num_bytes: int
     max_error: float
 
+    def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Runs the FFN of one layer with all its neurons, in the weights that the draft reads.
+
+        Args:
+            layer: Index of the FFN.
+            hidden_states: ``[num_tokens, hidden_size]``.
+
+        Returns:
+            ``[num_tokens, hidden_size]``.
+        """
+
+
+class CoarseBackend(Backend, Protocol):
+    """Kernels for coarse sparsity."""
+
     def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Runs the FFN of one layer with some of its neurons.
 
@@ -42,16 +59,9 @@ class Backend(Protocol):
             ``[num_tokens, hidden_size]``.
         """
 
-    def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Runs the FFN of one layer with all its neurons, in the weights that the draft reads.
 
-        Args:
-            layer: Index of the FFN.
-            hidden_states: ``[num_tokens, hidden_size]``.
-
-        Returns:
-            ``[num_tokens, hidden_size]``.
-        """
+class FineBackend(Backend, Protocol):
+    """Kernels for fine sparsity."""
 
     def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
         """Runs the FFN of one layer with each token's largest gates.
@@ -66,62 +76,66 @@ class Backend(Protocol):
         """
 
 
-class CPURowsBackend:
-    """The C++ kernels on neuron-major copies of the weights (`weights.neuron_rows`).
+class _RowsBackend:
+    """Rows of all FFNs, plain or rounded."""
+
+    def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[Rows]) -> None:
+        self._rows = tuple(rows)
+        self._activations = [_known(ffn) for ffn in ffns]
+        first = self._rows[0]
+        if isinstance(first, LowBitRows):
+            self.max_tokens = 32
+            self.max_error = 0.05 if first.bits == 8 else 0.5
+        else:
+            self.max_tokens, self.max_error = 16, 0.03
+        self.num_bytes = sum(part.num_bytes if isinstance(part, LowBitRows) else part.nbytes for part in self._rows)
+
+
+class CoarseRowsBackend(_RowsBackend):
+    """The C++ kernels on copies of the weights by neuron.
 
     Args:
         ffns: The FFNs, each with an activation that the kernels know.
-        rows: Weights of each, ``[neurons, 3, hidden_size]``.
+        rows: Weights of each, ``[neurons, 3, hidden_size]`` (`weights.by_neuron`).
     """
-
-    max_tokens = 16
-    max_error = 0.03
-
-    def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[torch.Tensor]) -> None:
-        self._rows = tuple(rows)
-        self._activations = [_known(ffn) for ffn in ffns]
-        self.num_bytes = sum(weights.numel() * weights.element_size() for weights in self._rows)
 
     def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Backend.whole`."""
-        return self.coarse(layer, hidden_states, torch.arange(self._rows[layer].shape[0], dtype=torch.int32))
+        rows = self._rows[layer]
+        if isinstance(rows, LowBitRows):
+            return low_bit_coarse_ffn(hidden_states, rows, None, self._activations[layer])
+        return self.coarse(layer, hidden_states, torch.arange(rows.shape[0], dtype=torch.int32))
 
     def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """See `Backend.coarse`."""
-        return coarse_ffn(hidden_states, self._rows[layer], indices, self._activations[layer])
+        """See `CoarseBackend.coarse`."""
+        rows = self._rows[layer]
+        if isinstance(rows, LowBitRows):
+            return low_bit_coarse_ffn(hidden_states, rows, indices, self._activations[layer])
+        return coarse_ffn(hidden_states, rows, indices, self._activations[layer])
 
-    def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
-        """See `Backend.fine`."""
-        return fine_ffn(hidden_states, self._rows[layer], num_kept, self._activations[layer])
 
-
-class LowBitBackend:
-    """The C++ kernels on rounded neuron-major copies of the weights.
+class FineRowsBackend(_RowsBackend):
+    """The C++ kernels for fine sparsity on copies of the weights.
 
     Args:
         ffns: The FFNs, each with an activation that the kernels know.
-        rows: Weights of each, ``[neurons, 3, hidden_size]``.
+        rows: Weights of each, ``[3 * neurons, hidden_size]`` (`weights.gates_first`).
     """
 
-    max_tokens = 32
-
-    def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[LowBitRows]) -> None:
-        self._rows = tuple(rows)
-        self._activations = [_known(ffn) for ffn in ffns]
-        self.num_bytes = sum(weights.num_bytes for weights in self._rows)
-        self.max_error = 0.05 if self._rows[0].bits == 8 else 0.5
+    def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[Rows]) -> None:
+        super().__init__(ffns, rows)
+        self._num_neurons = [ffn.num_neurons for ffn in ffns]
 
     def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Backend.whole`."""
-        return low_bit_coarse_ffn(hidden_states, self._rows[layer], None, self._activations[layer])
-
-    def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """See `Backend.coarse`."""
-        return low_bit_coarse_ffn(hidden_states, self._rows[layer], indices, self._activations[layer])
+        return self.fine(layer, hidden_states, self._num_neurons[layer])
 
     def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
-        """See `Backend.fine`."""
-        return low_bit_fine_ffn(hidden_states, self._rows[layer], num_kept, self._activations[layer])
+        """See `FineBackend.fine`."""
+        rows = self._rows[layer]
+        if isinstance(rows, LowBitRows):
+            return low_bit_fine_ffn(hidden_states, rows, num_kept, self._activations[layer])
+        return fine_ffn(hidden_states, rows, num_kept, self._activations[layer])
 
 
 class LowBitPanelsBackend:
@@ -143,14 +157,6 @@ class LowBitPanelsBackend:
     def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Backend.whole`."""
         return panels_ffn(hidden_states, *self._weights[layer], self._activations[layer])
-
-    def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Not for these weights, which are not read neuron by neuron."""
-        raise NotImplementedError("4-bit panels hold neurons by sixteens: use rows for coarse sparsity")
-
-    def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
-        """Not for these weights, which are not read neuron by neuron."""
-        raise NotImplementedError("4-bit panels hold neurons by sixteens: use rows for fine sparsity")
 
 
 class TritonBackend:
@@ -185,14 +191,14 @@ class TritonBackend:
         return self.coarse(layer, hidden_states, torch.arange(num_neurons, dtype=torch.int32, device=device))
 
     def coarse(self, layer: int, hidden_states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """See `Backend.coarse`."""
+        """See `CoarseBackend.coarse`."""
         output = triton_kernels.coarse_ffn(
             hidden_states, *self._weights[layer], indices, self._activations[layer], self._gate_first[layer]
         )
         return self._whole(layer, output)
 
     def fine(self, layer: int, hidden_states: torch.Tensor, num_kept: int) -> torch.Tensor:
-        """See `Backend.fine`."""
+        """See `FineBackend.fine`."""
         output = triton_kernels.fine_ffn(
             hidden_states, *self._weights[layer], num_kept, self._activations[layer], self._gate_first[layer]
         )

@@ -15,12 +15,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from vllm_sirius.ffn.backends import Backend
+from vllm_sirius.ffn.backends import Backend, CoarseBackend, FineBackend
 from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
@@ -56,7 +56,7 @@ class ReducedFFNs:
         density: Part of the neurons the draft keeps.
         selection: The coarse selection, or ``None`` for other sparsities.
         statistics: What coarse selection learns from, or ``None`` for other sparsities.
-        backend: Kernels for the native way, or ``None`` for the masked one.
+        backend: Kernels for the native way, such as the sparsity needs, or ``None`` for the masked one.
         linears: Further layers that drafts run on copies in few bits.
 
     Attributes:
@@ -131,11 +131,11 @@ class ReducedFFNs:
         assert self.backend is not None
         self.num_draft_calls += 1
         if self.selection is not None:
-            return self.backend.coarse(layer, hidden_states, self.selection.indices[layer])
+            return cast("CoarseBackend", self.backend).coarse(layer, hidden_states, self.selection.indices[layer])
         if self.whole:
             return self.backend.whole(layer, hidden_states)
         num_kept = num_kept_neurons(self.density, self.ffns[layer].num_neurons)
-        return self.backend.fine(layer, hidden_states, num_kept)
+        return cast("FineBackend", self.backend).fine(layer, hidden_states, num_kept)
 
 
 class SwitchedActivation(nn.Module):

@@ -49,7 +49,8 @@ class LowBitRows:
 
         Args:
             bits: 8 or 4.
-            shape: ``[*leading, width]``: ``[neurons, 3, hidden]`` of an FFN, ``[out, in]`` of a linear layer.
+            shape: ``[*leading, width]``, of an FFN as a `vllm_sirius.ffn.weights.RowLayout` has it, ``[out, in]`` of a
+                linear layer.
 
         Raises:
             ValueError: If `bits` is neither 8 nor 4, or a row would have no columns.

@@ -1,4 +1,4 @@
-"""Neuron-major copies of FFN weights, for kernels that read only the kept neurons.
+"""Copies of FFN weights by row, for kernels that read only the kept neurons.
 
 vLLM's CPU build packs the weights once they are loaded and drops the plain ones, so there the draft needs rows of its own:
 the one place where Sirius makes the model larger.
@@ -6,28 +6,73 @@ the one place where Sirius makes the model larger.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
 
-def neuron_rows(gate_up: torch.Tensor, down: torch.Tensor, gate_first: bool = True) -> torch.Tensor:
-    """Lays the three weight rows of each neuron next to each other.
+Index = slice | tuple[slice | int, ...]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which of an FFN's rows is where: what a kernel reads together lies together.
+
+    Attributes:
+        shape: Shape of all rows, ``[..., hidden]``.
+        gate: Index of the gate rows, by neuron, as those of `up` and `down`.
+        up: Index of the up rows.
+        down: Index of the down projection's rows.
+    """
+
+    shape: tuple[int, ...]
+    gate: Index
+    up: Index
+    down: Index
+
+
+def by_neuron(num_neurons: int, hidden_size: int) -> RowLayout:
+    """The gate, up and down row of a neuron next to each other: ``[neurons, 3, hidden]``."""
+    every = slice(None)
+    return RowLayout((num_neurons, 3, hidden_size), (every, 0), (every, 1), (every, 2))
+
+
+def gates_first(num_neurons: int, hidden_size: int) -> RowLayout:
+    """The gate rows, of which fine sparsity reads all, then the up and down row of each neuron: ``[3 * neurons, hidden]``."""
+    gate, up, down = slice(num_neurons), slice(num_neurons, None, 2), slice(num_neurons + 1, None, 2)
+    return RowLayout((3 * num_neurons, hidden_size), gate, up, down)
+
+
+def neuron_rows(
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_first: bool = True,
+    layout: Callable[[int, int], RowLayout] = by_neuron,
+) -> torch.Tensor:
+    """Lays out the three weight rows of each neuron.
 
     Args:
         gate_up: Merged projection, ``[2 * neurons, hidden]``.
         down: Down projection, ``[hidden, neurons]``.
         gate_first: Whether the gate is the first half of `gate_up`.
+        layout: `by_neuron` or `gates_first`.
 
     Returns:
-        ``[neurons, 3, hidden]``, contiguous: gate, up and down row of each neuron.
+        The rows, contiguous.
     """
-    num_neurons = down.shape[1]
+    hidden_size, num_neurons = down.shape
     halves = gate_up.split(num_neurons)
     gate, up = halves if gate_first else halves[::-1]
-    rows = torch.empty(num_neurons, 3, down.shape[0], dtype=down.dtype, device=down.device)
-    rows[:, 0], rows[:, 1], rows[:, 2] = gate, up, down.t()
+    place = layout(num_neurons, hidden_size)
+    if down.is_cpu:
+        rows = empty_on_huge_pages(place.shape, down.dtype)
+    else:
+        rows = torch.empty(place.shape, dtype=down.dtype, device=down.device)
+    rows[place.gate], rows[place.up], rows[place.down] = gate, up, down.t()
     return rows
 
 

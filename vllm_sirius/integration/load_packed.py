@@ -15,13 +15,13 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.correction.choice import TargetKernels
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.backends import Backend, CPURowsBackend, LowBitBackend, LowBitPanelsBackend
+from vllm_sirius.ffn.backends import Backend, CoarseRowsBackend, FineRowsBackend, LowBitPanelsBackend
 from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
 from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
 from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_linears import LowBitLinears, LowBitWeight, quantise_linear
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
-from vllm_sirius.ffn.weights import neuron_norms, neuron_rows
+from vllm_sirius.ffn.weights import by_neuron, gates_first, neuron_norms, neuron_rows
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
 from vllm_sirius.integration.speculative_config import record_target_kernels, resolve_draft
 from vllm_sirius.integration.target import LoadedTarget, check_activations, with_true_kernels
@@ -75,15 +75,16 @@ class _FFNReader:
         ffn: The FFN.
         want_rows: Whether kernels will read rows.
         bits: Bits of a copied weight, or ``None`` for copies of the values as they are.
-        whole: Whether drafts keep all neurons, so that nothing is read neuron by neuron.
+        sparsity: What drafts keep: ``coarse``, ``fine`` or ``none``.
     """
 
-    def __init__(self, ffn: GatedFFN, want_rows: bool, bits: int | None, whole: bool) -> None:
+    def __init__(self, ffn: GatedFFN, want_rows: bool, bits: int | None, sparsity: str) -> None:
         self.norms: torch.Tensor | None = None
         self.rows: torch.Tensor | LowBitRows | None = None
         self.panels: dict[str, Any] = {}
         self._ffn = ffn
-        self._whole = whole
+        self._whole = sparsity == "none"
+        self._layout = gates_first if sparsity == "fine" else by_neuron
         self._want_rows = want_rows
         self._bits = bits
         self._plain: dict[str, torch.Tensor] = {}
@@ -103,19 +104,21 @@ class _FFNReader:
             return
         self._plain[part] = weight
         if len(self._plain) == 2:
-            self.rows = neuron_rows(self._plain["gate_up"], self._plain["down"], self._ffn.gate_first)
+            self.rows = neuron_rows(self._plain["gate_up"], self._plain["down"], self._ffn.gate_first, self._layout)
             self._plain.clear()
 
     def _round(self, part: str, weight: torch.Tensor, bits: int) -> None:
+        place = self._layout(self._ffn.num_neurons, self._ffn.hidden_size)
         if self.rows is None:
-            self.rows = LowBitRows.empty(bits, (self._ffn.num_neurons, 3, self._ffn.hidden_size))
+            self.rows = LowBitRows.empty(bits, place.shape)
         assert isinstance(self.rows, LowBitRows)
         if part == "down":
-            self.rows.fill((slice(None), 2), weight.t())
+            self.rows.fill(place.down, weight.t())
             return
         halves = weight.split(self._ffn.num_neurons)
-        for place, half in enumerate(halves if self._ffn.gate_first else halves[::-1]):
-            self.rows.fill((slice(None), place), half)
+        gate, up = halves if self._ffn.gate_first else halves[::-1]
+        self.rows.fill(place.gate, gate)
+        self.rows.fill(place.up, up)
 
     def _round_to_panels(self, part: str, weight: torch.Tensor) -> None:
         if part == "down":
@@ -183,13 +186,13 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         config = resolve_draft(vllm_config, copies=kernels.native)
         check_activations(config, ffns)
         _check_low_bit(config, kernels)
-        bits, whole = config.draft_bits, config.sparsity == "none"
+        bits = config.draft_bits
         shape = measure_shape(model, ffns)
         target_kernels.append(choose_target_kernels(vllm_config, config, ffns))
         record_target_kernels(vllm_config, target_kernels[0].panels)
         if target_kernels[0].panels:
             _want_panels(model)
-        built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits, whole) for ffn in ffns], kernels))
+        built.append((ffns, shape, [_FFNReader(ffn, kernels.native, bits, config.sparsity) for ffn in ffns], kernels))
         if bits is not None and config.draft_weights_scope == "all":
             linears.append(_LinearReader(model, ffns, bits))
         return model
@@ -199,7 +202,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
     ffns, shape, readers, kernels = built[0]
     norms = [reader.norms for reader in readers if reader.norms is not None]
     assert len(norms) == len(ffns), "the loader did not process the weights of every FFN"
-    backend = _make_backend(ffns, readers) if kernels.native else None
+    backend = _make_backend(ffns, readers, vllm_config.speculative_config.sirius.sparsity) if kernels.native else None
     further = linears[0].collect(model) if linears else None
     if target_kernels[0].panels:
         _give_head_panels(model)
@@ -223,13 +226,11 @@ def _give_head_panels(model: Any) -> None:
         use_panels(head, keep_weight=True)
 
 
-def _make_backend(ffns: list[GatedFFN], readers: list[_FFNReader]) -> Backend:
+def _make_backend(ffns: list[GatedFFN], readers: list[_FFNReader], sparsity: str) -> Backend:
     if readers[0].panels:
         return LowBitPanelsBackend(ffns, [(reader.panels["gate_up"], reader.panels["down"]) for reader in readers])
-    rounded = [reader.rows for reader in readers if isinstance(reader.rows, LowBitRows)]
-    if rounded:
-        return LowBitBackend(ffns, rounded)
-    return CPURowsBackend(ffns, [reader.rows for reader in readers if isinstance(reader.rows, torch.Tensor)])
+    rows = [reader.rows for reader in readers if reader.rows is not None]
+    return FineRowsBackend(ffns, rows) if sparsity == "fine" else CoarseRowsBackend(ffns, rows)
 
 
 def _check_low_bit(config: SiriusConfig, kernels: KernelChoice) -> None:

@@ -36,6 +36,7 @@ template <typename Output, typename Fill>
 void run_ffn(const Call& call, int64_t stride, const Fill& fill) {
     const int64_t largest = std::min<int64_t>(call.num_tokens, kMaxTokens);
     Pass<decltype(fill(0, 1)), Output> pass{};
+    pass.layout = call.fine ? NeuronLayout::gates_first(call.num_neurons) : NeuronLayout::by_neuron();
     pass.indices = call.indices;
     pass.num_neurons = call.num_neurons;
     pass.num_kept = call.num_kept;

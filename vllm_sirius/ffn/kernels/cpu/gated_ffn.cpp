@@ -80,7 +80,7 @@ int sirius_coarse_ffn(const void* inputs, const void* rows, const int32_t* indic
     return 0;
 }
 
-// num_kept must lie in [1, num_neurons].
+// Rows with the gates first. num_kept must lie in [1, num_neurons].
 void sirius_fine_ffn(const void* inputs, const void* rows, void* output, int64_t num_tokens, int64_t width,
                      int64_t num_neurons, int64_t num_kept, int dtype, int activation, int num_threads) {
     sirius::run_any({inputs, rows, nullptr, nullptr, output, num_tokens, width, num_neurons, num_kept, true,

@@ -1,7 +1,9 @@
 """The reduced FFNs on CPU. They compute what `vllm_sirius.ffn.kernels.reference` does and run on PyTorch's threads.
 
-Weights are neuron-major, ``rows [neurons, 3, hidden]``, so that the gate, up and down row of a neuron are one stretch of
-memory. They are read once for up to 32 tokens. Results are the same in every run with the same number of threads.
+Coarse drafts read weights by neuron, ``rows [neurons, 3, hidden]``, so that the gate, up and down row of a neuron are one
+stretch of memory. Fine drafts read the gates of all neurons first, so that these come first, ``rows [3 * neurons, hidden]``
+(`vllm_sirius.ffn.weights.gates_first`). Rows are read once for up to 32 tokens. Results are the same in every run with the
+same number of threads.
 
 bf16 as avx512_bf16 computes with it treats subnormal values as zero. Otherwise see `reference` for the rounding.
 """
@@ -45,6 +47,8 @@ def coarse_ffn(
         IndexError: If an index is not one of a neuron.
         KernelBuildError: If the kernels cannot be compiled.
     """
+    if rows.dim() != 3 or rows.shape[1] != 3:
+        raise ValueError(f"rows must be [neurons, 3, hidden], not {describe(rows)}")
     _check(inputs, rows)
     check_indices(indices)
     inputs = inputs.contiguous()
@@ -76,7 +80,7 @@ def fine_ffn(inputs: torch.Tensor, rows: torch.Tensor, num_kept: int, activation
 
     Args:
         inputs: ``[tokens, hidden]``, fp32, bf16 or fp16.
-        rows: ``[neurons, 3, hidden]``, contiguous, same dtype as `inputs`.
+        rows: ``[3 * neurons, hidden]``, contiguous, same dtype as `inputs`: the gate rows, then up and down row of each neuron.
         num_kept: Neurons each token keeps, at most all.
         activation: Activation of the gate.
 
@@ -87,9 +91,12 @@ def fine_ffn(inputs: torch.Tensor, rows: torch.Tensor, num_kept: int, activation
         ValueError: If a shape, dtype, device or layout is not as above, or `num_kept` is out of range.
         KernelBuildError: If the kernels cannot be compiled.
     """
+    if rows.dim() != 2 or rows.shape[0] % 3:
+        raise ValueError(f"rows must be [3 * neurons, hidden], not {describe(rows)}")
     _check(inputs, rows)
-    if not 0 <= num_kept <= rows.shape[0]:
-        raise ValueError(f"num_kept must lie in [0, {rows.shape[0]}], not {num_kept}")
+    num_neurons = rows.shape[0] // 3
+    if not 0 <= num_kept <= num_neurons:
+        raise ValueError(f"num_kept must lie in [0, {num_neurons}], not {num_kept}")
     inputs = inputs.contiguous()
     output = torch.empty_like(inputs)
     if num_kept == 0 or output.numel() == 0:
@@ -99,7 +106,7 @@ def fine_ffn(inputs: torch.Tensor, rows: torch.Tensor, num_kept: int, activation
         rows.data_ptr(),
         output.data_ptr(),
         *inputs.shape,
-        rows.shape[0],
+        num_neurons,
         num_kept,
         DTYPE_CODES[rows.dtype],
         activation_code(activation),
@@ -123,12 +130,12 @@ def check_indices(indices: torch.Tensor) -> None:
 
 
 def _check(inputs: torch.Tensor, rows: torch.Tensor) -> None:
-    if rows.dtype not in DTYPE_CODES or rows.dim() != 3 or rows.shape[1] != 3 or not rows.is_contiguous():
-        raise ValueError(f"rows must be contiguous fp32, bf16 or fp16 [neurons, 3, hidden], not {describe(rows)}")
+    if rows.dtype not in DTYPE_CODES or not rows.is_contiguous():
+        raise ValueError(f"rows must be contiguous fp32, bf16 or fp16, not {describe(rows)}")
     if not rows.is_cpu or not inputs.is_cpu:
         raise ValueError("inputs and rows must be on CPU")
-    if inputs.dim() != 2 or inputs.shape[1] != rows.shape[2] or inputs.dtype != rows.dtype:
-        raise ValueError(f"inputs must be {rows.dtype} [tokens, {rows.shape[2]}], not {describe(inputs)}")
+    if inputs.dim() != 2 or inputs.shape[1] != rows.shape[-1] or inputs.dtype != rows.dtype:
+        raise ValueError(f"inputs must be {rows.dtype} [tokens, {rows.shape[-1]}], not {describe(inputs)}")
 
 
 def describe(tensor: torch.Tensor) -> str:

@@ -89,7 +89,7 @@ int sirius_low_bit_coarse_ffn(const void* inputs, const void* rows, const void* 
     return 0;
 }
 
-// num_kept must lie in [1, num_neurons].
+// Rows with the gates first. num_kept must lie in [1, num_neurons].
 void sirius_low_bit_fine_ffn(const void* inputs, const void* rows, const void* scales, void* output, int64_t num_tokens,
                              int64_t width, int64_t num_neurons, int64_t num_kept, int bits, int dtype, int activation,
                              int num_threads) {

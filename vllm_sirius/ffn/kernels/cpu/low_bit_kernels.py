@@ -33,7 +33,9 @@ def low_bit_coarse_ffn(
         IndexError: If an index is not one of a neuron.
         KernelBuildError: If the kernels cannot be compiled.
     """
-    _check_ffn(inputs, rows)
+    _check(inputs, rows, num_dims=3)
+    if rows.packed.shape[1] != 3:
+        raise ValueError(f"rows of an FFN must be [neurons, 3, hidden], not {list(rows.shape)}")
     if indices is not None:
         check_indices(indices)
     inputs = inputs.contiguous()
@@ -71,7 +73,7 @@ def low_bit_fine_ffn(
 
     Args:
         inputs: ``[tokens, hidden]``, fp32, bf16 or fp16.
-        rows: ``[neurons, 3, hidden]``: gate, up and down row of each neuron.
+        rows: ``[3 * neurons, hidden]``: the gate rows, then up and down row of each neuron.
         num_kept: Neurons each token keeps, at most all.
         activation: Activation of the gate.
 
@@ -82,8 +84,10 @@ def low_bit_fine_ffn(
         ValueError: If a shape, dtype, device or layout is not as above, or `num_kept` is out of range.
         KernelBuildError: If the kernels cannot be compiled.
     """
-    _check_ffn(inputs, rows)
-    num_neurons = rows.packed.shape[0]
+    _check(inputs, rows, num_dims=2)
+    num_neurons, rest = divmod(rows.packed.shape[0], 3)
+    if rest:
+        raise ValueError(f"rows of an FFN must be [3 * neurons, hidden], not {list(rows.shape)}")
     if not 0 <= num_kept <= num_neurons:
         raise ValueError(f"num_kept must lie in [0, {num_neurons}], not {num_kept}")
     inputs = inputs.contiguous()
@@ -144,12 +148,6 @@ def low_bit_linear(inputs: torch.Tensor, weights: LowBitRows, bias: torch.Tensor
         torch.get_num_threads(),
     )
     return output
-
-
-def _check_ffn(inputs: torch.Tensor, rows: LowBitRows) -> None:
-    _check(inputs, rows, num_dims=3)
-    if rows.packed.shape[1] != 3:
-        raise ValueError(f"rows of an FFN must be [neurons, 3, hidden], not {list(rows.shape)}")
 
 
 def _check(inputs: torch.Tensor, rows: LowBitRows, num_dims: int) -> None:

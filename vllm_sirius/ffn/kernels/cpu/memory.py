@@ -1,6 +1,7 @@
-"""Memory for neuron-major weights, on huge pages where the system has them.
+"""Memory for weights, on huge pages where the system has them.
 
-Kept neurons are scattered over the weights, so with 4 KiB pages the kernels miss the address cache once or twice per row.
+Weights are read once per pass, in long streams or, with fine sparsity, in scattered rows; with 4 KiB pages the kernels miss
+the address cache once or twice per row.
 """
 
 from __future__ import annotations
@@ -12,20 +13,6 @@ from collections.abc import Sequence
 import torch
 
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
-
-
-def empty_rows(num_neurons: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Allocates uninitialised weights for the kernels.
-
-    Args:
-        num_neurons: Neurons of the FFN.
-        hidden_size: Width of the model.
-        dtype: Dtype of the weights.
-
-    Returns:
-        ``[num_neurons, 3, hidden_size]`` on CPU, contiguous.
-    """
-    return empty_on_huge_pages((num_neurons, 3, hidden_size), dtype)
 
 
 def empty_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,6 @@
 // One reduced FFN over a batch of tokens, spread over a team of threads.
 //
-// Weights are neuron-major: row 3j is the gate of neuron j, 3j+1 its up and 3j+2 its down row. A group of kGroup neurons
-// passes through all tokens before the next one starts, so weights are read from memory once.
+// A group of kGroup neurons passes through all tokens before the next one starts, so weights are read from memory once.
 #pragma once
 
 #include <algorithm>
@@ -13,10 +12,26 @@
 
 namespace sirius {
 
+// Which rows are a neuron's. What is read together lies together: all three rows of a neuron, or, for fine sparsity, the
+// gates of all neurons and then up and down row of each.
+struct NeuronLayout {
+    int64_t gate_step;
+    int64_t first_up;  // the down row follows the up row
+    int64_t up_step;
+
+    static NeuronLayout by_neuron() { return {3, 1, 3}; }
+    static NeuronLayout gates_first(int64_t num_neurons) { return {1, num_neurons, 2}; }
+
+    int64_t gate(int64_t neuron) const { return gate_step * neuron; }
+    int64_t up(int64_t neuron) const { return first_up + up_step * neuron; }
+    int64_t down(int64_t neuron) const { return up(neuron) + 1; }
+};
+
 // One pass over the weights for at most kMaxTokens tokens. Rows computes with groups of rows given by their numbers.
 template <typename Rows, typename Output>
 struct Pass {
     Rows rows;
+    NeuronLayout layout;
     const int32_t* indices;  // [num_kept], coarse only; null for neurons 0 ... num_kept - 1
     Output* output;          // [count, width]
     int64_t num_neurons;
@@ -50,10 +65,11 @@ struct Pass {
         float totals[kMaxTokens * kTile];
         const auto neuron = [&](int64_t position) { return at(indices, std::min(position, end - 1)); };
         for (int i = 0; i < count; i += 2) {
-            const int64_t now[2] = {3 * neuron(start + i), 3 * neuron(start + i + 1)};
-            const int64_t later[2] = {3 * neuron(start + i + kAhead), 3 * neuron(start + i + kAhead + 1)};
-            const int64_t tile[kTile] = {now[0], now[1], now[0] + 1, now[1] + 1};
-            const int64_t next[kTile] = {later[0], later[0] + 1, later[1], later[1] + 1};
+            const int64_t now[2] = {neuron(start + i), neuron(start + i + 1)};
+            const int64_t later[2] = {neuron(start + i + kAhead), neuron(start + i + kAhead + 1)};
+            const int64_t tile[kTile] = {layout.gate(now[0]), layout.gate(now[1]), layout.up(now[0]), layout.up(now[1])};
+            const int64_t next[kTile] = {layout.gate(later[0]), layout.up(later[0]), layout.gate(later[1]),
+                                         layout.up(later[1])};
             local.dots(tile, next, totals);
             for (int t = 0; t < rows.count(); t++) {
                 for (int half = 0; half < 2; half++) {
@@ -78,8 +94,8 @@ struct Pass {
         int64_t down[kGroup];
         int64_t next[kGroup];
         for (int i = 0; i < kGroup; i++) {
-            down[i] = 3 * at(kept, std::min(start + i, end - 1)) + 2;
-            next[i] = 3 * at(kept, std::min(start + i + kGroup, end - 1)) + 2;
+            down[i] = layout.down(at(kept, std::min(start + i, end - 1)));
+            next[i] = layout.down(at(kept, std::min(start + i + kGroup, end - 1)));
         }
         local.mix(down, next, hidden, mine);
     }
@@ -114,8 +130,8 @@ struct Pass {
             int64_t tile[kTile];
             int64_t next[kTile];
             for (int i = 0; i < kTile; i++) {
-                tile[i] = 3 * std::min(start + i, end - 1);
-                next[i] = 3 * std::min(start + i + kAhead, end - 1);
+                tile[i] = layout.gate(std::min(start + i, end - 1));
+                next[i] = layout.gate(std::min(start + i + kAhead, end - 1));
             }
             local.dots(tile, next, totals);
             const int count = int(std::min<int64_t>(kTile, end - start));
@@ -153,8 +169,8 @@ struct Pass {
             int64_t tile[kTile];
             int64_t next[kTile];
             for (int r = 0; r < kTile; r++) {
-                tile[r] = 3 * neuron(start + i + r) + 1;
-                next[r] = 3 * neuron(start + i + r + kAhead) + 1;
+                tile[r] = layout.up(neuron(start + i + r));
+                next[r] = layout.up(neuron(start + i + r + kAhead));
             }
             local.dots(tile, next, totals);
             for (int t = 0; t < rows.count(); t++) {
