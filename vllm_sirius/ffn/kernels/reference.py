@@ -1,6 +1,7 @@
 """Plain PyTorch twins of the reduced-FFN kernels: what every kernel must compute.
 
-Weights are neuron-major, ``rows [neurons, 3, hidden]``: the gate, up and down row of a neuron next to each other.
+Weights are neuron-major here, ``rows [neurons, 3, hidden]``: the gate, up and down row of a neuron next to each other.
+Kernels may want them in another order.
 
 Rounding, the same in twins and kernels: inputs and weights are used as stored; dot products, the activation and its
 product with ``up`` are fp32; the hidden value is rounded once to the dtype of the weights; the down projection adds in
