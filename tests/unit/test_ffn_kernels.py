@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import random
@@ -9,7 +10,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -264,10 +265,13 @@ def test_wrong_arguments_are_refused() -> None:
         ("-mno-avx2", ("scalar",)),
     ],
 )
-def test_older_processors(option: str, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_SIRIUS_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", " ".join([*build._compiler(), option]))
-    library = build.load_library.__wrapped__()
+def test_older_processors(
+    option: str,
+    names: tuple[str, ...],
+    library_without: Callable[[str], ctypes.CDLL],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = library_without(option)
     monkeypatch.setattr(kernels, "load_library", lambda: library)
     assert kernels.instruction_set() in names
     for dtype in DTYPES:

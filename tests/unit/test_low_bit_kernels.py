@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import torch
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels import low_bit_panels_reference
 from vllm_sirius.ffn.kernels import low_bit_reference as reference
-from vllm_sirius.ffn.kernels.cpu import build, low_bit_kernels, low_bit_panel_kernels
+from vllm_sirius.ffn.kernels.cpu import low_bit_kernels, low_bit_panel_kernels
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels
@@ -238,10 +238,10 @@ def test_strided_inputs_are_accepted() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86")
 @pytest.mark.parametrize("option", ["-mno-avx512vnni", "-mno-avx512f", "-mno-avx512f -mno-avxvnni", "-mno-avx2"])
-def test_older_processors(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_SIRIUS_CACHE", str(tmp_path))
-    monkeypatch.setenv("CXX", " ".join([*build._compiler(), option]))
-    library = build.load_library.__wrapped__()
+def test_older_processors(
+    option: str, library_without: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = library_without(option)
     monkeypatch.setattr(low_bit_kernels, "load_library", lambda: library)
     for bits in BITS:
         for dtype in DTYPES:
