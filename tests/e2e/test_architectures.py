@@ -23,6 +23,12 @@ REFUSAL_WORDS = {
     "non-gated FFN": "no dense gated FFN",
 }
 
+V1_SLOW = (
+    *("llama_tied", "mistral", "qwen3", "gemma", "gemma3", "granite", "cohere"),
+    *("exaone", "exaone4", "ernie45", "hyperclovax", "internlm2", "olmo2"),
+)
+"""Models with the parts of others that `make test` runs; these are for `make test-all`."""
+
 V2_GATED = ("llama", "mistral_sliding", "gemma2", "gemma3n", "smollm3_geglu", "minicpm_fatrelu")
 """On Model Runner V2 one model for each way in which they differ there: sliding windows, layers that share K/V, GeGLU, masks."""
 V2_REFUSED = ("opt", "mamba2", "mixtral")
@@ -32,15 +38,17 @@ V2_QUICK = ("llama", "gemma3n", "minicpm_fatrelu", "opt")
 """Those that `make test` runs."""
 
 
+def on_v1(name):
+    return pytest.param("v1", name, marks=pytest.mark.slow if name in V1_SLOW else ())
+
+
 def on_v2(name):
     return pytest.param("v2", name, marks=() if name in V2_QUICK else pytest.mark.slow)
 
 
 def on_runners(names, v2_names):
     """Every name on V1, some on V2."""
-    return pytest.mark.parametrize(
-        ("host", "name"), [("v1", name) for name in names] + [on_v2(name) for name in v2_names], indirect=["host"]
-    )
+    return pytest.mark.parametrize(("host", "name"), [*map(on_v1, names), *map(on_v2, v2_names)], indirect=["host"])
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,17 @@ DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("batch", [1, 4])
+QUICK = {("int4", 1), ("coarse", 4)}
+"""What `make test` runs."""
+
+CASES = [
+    pytest.param(draft, batch, marks=() if (draft, batch) in QUICK else pytest.mark.slow)
+    for draft in DRAFTS
+    for batch in (1, 4)
+]
+
+
+@pytest.mark.parametrize(("draft", "batch"), CASES)
 def test_guesses_change_nothing_but_the_number_of_draft_steps(host, draft, batch):
     prompts = mixed_prompts(SMOL, 4)
     base = {"model": model_path(SMOL), "max_model_len": 1024, "max_num_seqs": batch}

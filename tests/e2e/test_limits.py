@@ -28,13 +28,13 @@ def check_all_accepted(host, name, options):
     assert found.num_drafts == 3 * 2
 
 
-@pytest.mark.parametrize("threshold", [0, -1.0])
+@pytest.mark.parametrize("threshold", [0, pytest.param(-1.0, marks=pytest.mark.slow)])
 def test_threshold_of_zero_accepts_every_draft(host, threshold):
     check_all_accepted(host, SMOL, {"threshold": threshold})
 
 
 @only_v1
-@pytest.mark.parametrize("name", [QWEN_SMALL, GEMMA])
+@pytest.mark.parametrize("name", [pytest.param(QWEN_SMALL, marks=pytest.mark.slow), GEMMA])
 def test_threshold_of_zero_accepts_every_draft_of_other_models(host, name):
     check_all_accepted(host, name, {"threshold": 0})
 
