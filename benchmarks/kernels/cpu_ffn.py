@@ -38,7 +38,7 @@ from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
 from vllm_sirius.ffn.kernels.cpu.panel_linear import panel_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
-from vllm_sirius.ffn.weights import gates_first
+from vllm_sirius.ffn.weights import gates_first, neuron_rows
 
 Layers = list[torch.Tensor]
 DENSITIES = (0.5, 0.3)
@@ -235,10 +235,8 @@ def ffn_arms(layers: Layers, low: dict[int, list[LowBitRows]], inputs: torch.Ten
 
 def with_gates_first(rows: torch.Tensor) -> torch.Tensor:
     """The rows ``[neurons, 3, hidden]`` as the kernels for fine sparsity read them."""
-    place = gates_first(rows.shape[0], rows.shape[2])
-    result = empty_on_huge_pages(place.shape, rows.dtype)
-    result[place.gate], result[place.up], result[place.down] = rows.unbind(1)
-    return result
+    gate, up, down = rows.unbind(1)
+    return neuron_rows(torch.cat([gate, up]), down.T, layout=gates_first)
 
 
 def panels_of(rows: torch.Tensor) -> tuple[torch.Tensor, LowBitPanels]:

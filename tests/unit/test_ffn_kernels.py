@@ -21,7 +21,7 @@ from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels import reference
 from vllm_sirius.ffn.kernels.cpu import build, kernels
 from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
-from vllm_sirius.ffn.weights import gates_first
+from vllm_sirius.ffn.weights import gates_first, neuron_rows
 
 WIDTHS = (1, 7, 33, 896, 1537)
 NUM_NEURONS = (1, 5, 176)
@@ -72,10 +72,8 @@ class Case:
     @property
     def fine_rows(self) -> torch.Tensor:
         """The rows as the kernel for fine sparsity reads them."""
-        place = gates_first(self.rows.shape[0], self.rows.shape[2])
-        rows = empty_on_huge_pages(place.shape, self.rows.dtype)
-        rows[place.gate], rows[place.up], rows[place.down] = self.rows.unbind(1)
-        return rows
+        gate, up, down = self.rows.unbind(1)
+        return neuron_rows(torch.cat([gate, up]), down.T, layout=gates_first)
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate before its activation, up, and down rows, fp32."""
