@@ -90,7 +90,7 @@ test-patched: setup ## Run end-to-end tests on a copy of vLLM with the source pa
 	@$(DOWNLOAD) $(TEST_MODELS)
 	@rm -rf "$(PATCHED)"
 	@$(PYTHON) patches/apply.py "$(PATCHED)"
-	@$(IN_ENVIRONMENT) env PYTHONPATH="$(PATCHED)" VLLM_SIRIUS_PATCHED_COPY="$(PATCHED)" \
+	@$(IN_ENVIRONMENT) env PYTHONPATH="$(PATCHED)" SIRIUS_PATCHED_COPY="$(PATCHED)" \
 		$(PYTEST) $(PATCHED_TESTS) -m "not slow" -k "$(PATCHED_CHOICE)" $(ARGS)
 
 lint: setup ## Check style, format and types

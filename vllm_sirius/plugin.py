@@ -15,7 +15,7 @@ from typing import Any
 from vllm_sirius.errors import SiriusIntegrationError
 from vllm_sirius.version import TARGET_VLLM_VERSION
 
-ALLOW_UNTESTED = "VLLM_SIRIUS_ALLOW_UNTESTED"
+ALLOW_UNTESTED = "SIRIUS_ALLOW_UNTESTED"
 """Environment variable: install the hooks into another vLLM version than the supported one, at one's own risk."""
 
 _registered = False

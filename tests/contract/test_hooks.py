@@ -437,7 +437,7 @@ def test_request_options_are_judged_for_sirius_alone(behaviour):
 @pytest.mark.parametrize(
     ("cause", "words"),
     [
-        ("version", ["supports vLLM 9.9.9", "compatibility table", "VLLM_SIRIUS_ALLOW_UNTESTED"]),
+        ("version", ["supports vLLM 9.9.9", "compatibility table", "SIRIUS_ALLOW_UNTESTED"]),
         ("fingerprint", ["spec_decode:init_speculator is not the one", "compatibility table"]),
     ],
 )
@@ -455,7 +455,7 @@ def test_where_nothing_fits_nothing_is_installed_and_the_reason_waits_for_sirius
 
 
 def test_another_version_can_be_tried_at_ones_own_risk():
-    found = ask(probe_refusal, model_path(SMOL), "version", environment={"VLLM_SIRIUS_ALLOW_UNTESTED": "1"})
+    found = ask(probe_refusal, model_path(SMOL), "version", environment={"SIRIUS_ALLOW_UNTESTED": "1"})
     assert found["reason"] is None
     assert found["replaced"] == ["create_speculative_config", "create_engine_config", "add_cli_args"]
     assert found["sirius"] == [None, None]

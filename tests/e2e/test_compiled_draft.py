@@ -37,7 +37,7 @@ def test_compiled_and_eager_drafts_are_the_same_v1():
 
 @pytest.mark.slow
 def test_masked_drafts_are_not_compiled_v1():
-    with EngineHost({"VLLM_SIRIUS_NATIVE_KERNELS": "0"}) as host:
+    with EngineHost({"SIRIUS_NATIVE_KERNELS": "0"}) as host:
         engine = {**ENGINE, "enforce_eager": False, "speculative_config": LOSSLESS}
         found = host.generate(engine, mixed_prompts(SMOL, 2), SAMPLING)
         assert 0 < found.num_accepted_tokens < found.num_draft_tokens

@@ -57,7 +57,7 @@ def test_the_kernels_accept_what_the_masked_draft_accepts_v2(gpu_host, tmp_path_
     for name, host in (("triton", gpu_host), ("masked", None)):
         options = engine("llama", tmp_path_factory, speculative_config=LOSSLESS)
         if host is None:
-            with EngineHost({"VLLM_SIRIUS_NATIVE_KERNELS": "0"}, runner="v2") as masked:
+            with EngineHost({"SIRIUS_NATIVE_KERNELS": "0"}, runner="v2") as masked:
                 found[name] = masked.generate(options, PROMPTS, SAMPLING)
         else:
             found[name] = host.generate(options, PROMPTS, SAMPLING)

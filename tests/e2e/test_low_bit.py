@@ -57,7 +57,7 @@ def test_compiled_low_bit_drafts_are_the_same_v1(v1):
 
 
 def test_low_bit_drafts_are_refused_without_kernels_v1():
-    with EngineHost({"VLLM_SIRIUS_NATIVE_KERNELS": "0"}) as host, pytest.raises(EngineError) as refusal:
+    with EngineHost({"SIRIUS_NATIVE_KERNELS": "0"}) as host, pytest.raises(EngineError) as refusal:
         host.generate({**ENGINE, "speculative_config": {**LOSSLESS, "draft_weights": "int8"}}, [[1, 2]], SAMPLING)
     assert "draft_weights='int8' needs the compiled kernels" in str(refusal.value)
     assert "draft_weights='shared'" in str(refusal.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.real_models import SMOL, mixed_prompts, model_path
 
-FOLDER = os.environ.get("VLLM_SIRIUS_PATCHED_COPY")
+FOLDER = os.environ.get("SIRIUS_PATCHED_COPY")
 
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="`make test-patched` makes the copy and names its folder")
 

@@ -38,7 +38,7 @@ def test_engines_without_sirius_are_untouched(runner):
     assert found["with"] == found["without"]
     assert hooks["without"] == []
     # On a vLLM with the source patches the plugin needs no hook.
-    assert (hooks["with"] == []) == ("VLLM_SIRIUS_PATCHED_COPY" in os.environ)
+    assert (hooks["with"] == []) == ("SIRIUS_PATCHED_COPY" in os.environ)
     assert not any("rejection_sample" in hook for hook in hooks["with"])
     plain = found["with"]["engine"]
     assert plain["runner"] == "CPUModelRunner"

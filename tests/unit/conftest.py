@@ -39,7 +39,7 @@ def library_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     """
 
     def compile_and_load(option: str) -> ctypes.CDLL:
-        monkeypatch.setenv("VLLM_SIRIUS_CACHE", str(tmp_path))
+        monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
         monkeypatch.setenv("CXX", " ".join([*build._compiler(), option]))
         monkeypatch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS))
         library: ctypes.CDLL = build.load_library.__wrapped__()

@@ -287,7 +287,7 @@ def test_second_build_does_not_compile(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(build, "_run", recording)
     monkeypatch.setattr(build, "FLAGS", ("-std=c++17", "-O0", "-fPIC", "-shared"))
-    monkeypatch.setenv("VLLM_SIRIUS_CACHE", str(tmp_path))
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
     first = build.build_library()
     assert first.is_relative_to(tmp_path)
     assert sum("-o" in command for command in commands) == 1
@@ -300,7 +300,7 @@ def test_second_build_does_not_compile(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_SIRIUS_CACHE", str(tmp_path))
+    monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(build.KernelBuildError, match="/bin/false"):
         build.load_library.__wrapped__()
@@ -319,7 +319,7 @@ def test_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     occupied = tmp_path / "file"
     occupied.write_text("")
-    monkeypatch.setenv("VLLM_SIRIUS_CACHE", str(occupied))
+    monkeypatch.setenv("SIRIUS_CACHE", str(occupied))
     with pytest.raises(build.KernelBuildError, match="not writable"):
         build.build_library()
 
@@ -330,7 +330,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
         "build.FLAGS = tuple('-O0' if flag == '-O3' else flag for flag in build.FLAGS)\n"
         "kernels.fine_ffn(torch.ones(1, 8), torch.ones(12, 8), 2, 'silu'); print(build.build_library())\n"
     )
-    environment = {**os.environ, "VLLM_SIRIUS_CACHE": str(tmp_path)}
+    environment = {**os.environ, "SIRIUS_CACHE": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     processes = [
         subprocess.Popen(

@@ -163,5 +163,5 @@ def test_reasons_against_the_kernel(monkeypatch):
     assert choice.why_no_panels(torch.bfloat16, cpu) == "the kernel needs AVX-512"
     monkeypatch.setattr(choice, "has_panels", lambda: True)
     assert choice.why_no_panels(torch.bfloat16, cpu) == ""
-    monkeypatch.setenv("VLLM_SIRIUS_NATIVE_KERNELS", "0")
-    assert choice.why_no_panels(torch.bfloat16, cpu) == "VLLM_SIRIUS_NATIVE_KERNELS=0"
+    monkeypatch.setenv("SIRIUS_NATIVE_KERNELS", "0")
+    assert choice.why_no_panels(torch.bfloat16, cpu) == "SIRIUS_NATIVE_KERNELS=0"

@@ -12,7 +12,7 @@ from vllm_sirius.ffn.kernels.cpu.kernels import SUPPORTED_DTYPES, instruction_se
 from vllm_sirius.ffn.kernels.triton.arguments import SUPPORTED_DTYPES as TRITON_DTYPES
 from vllm_sirius.triton_runtime import TritonUnavailableError, require_triton
 
-SWITCH = "VLLM_SIRIUS_NATIVE_KERNELS"
+SWITCH = "SIRIUS_NATIVE_KERNELS"
 """Environment variable: ``0`` keeps to PyTorch, which saves the memory of the neuron rows and makes no draft cheaper."""
 
 

@@ -78,8 +78,8 @@ def build_library() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$VLLM_SIRIUS_CACHE`` or a folder in the user's home."""
-    configured = os.environ.get("VLLM_SIRIUS_CACHE")
+    """Where compiled kernels are kept: ``$SIRIUS_CACHE`` or a folder in the user's home."""
+    configured = os.environ.get("SIRIUS_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "vllm_sirius"
 
 
