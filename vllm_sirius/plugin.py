@@ -7,13 +7,17 @@ notice it. Where Sirius cannot be attached it only remembers why, and says so wh
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 import os
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 from vllm_sirius.errors import SiriusIntegrationError
+from vllm_sirius.method import METHOD, asks_for_sirius
 from vllm_sirius.version import TARGET_VLLM_VERSION
+
+logger = logging.getLogger("vllm.sirius")
 
 ALLOW_UNTESTED = "SIRIUS_ALLOW_UNTESTED"
 """Environment variable: install the hooks into another vLLM version than the supported one, at one's own risk."""
@@ -31,11 +35,21 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    _reason = _version_mismatch()
+    try:
+        _reason = _version_mismatch()
+        if _reason is None:
+            _attach()
+    except SiriusIntegrationError as error:
+        _reason = str(error)
+    except Exception as error:
+        logger.debug("Sirius cannot be attached", exc_info=True)
+        _reason = f"it could not be attached to vLLM ({type(error).__name__}: {error})"
     if _reason is None:
-        _reason = _attach()
-    if _reason is not None:
+        return
+    try:
         _explain_on_request(_reason)
+    except Exception:  # noqa: BLE001 - as above
+        logger.warning("Sirius is not available, and vLLM cannot be made to say so on request: %s", _reason)
 
 
 def unavailable_reason() -> str | None:
@@ -64,33 +78,28 @@ def _version_mismatch() -> str | None:
     )
 
 
-def _attach() -> str | None:
+def _attach() -> None:
     from vllm_sirius.integration import native
     from vllm_sirius.integration.hook_engine import install
     from vllm_sirius.integration.installed_hooks import HOOKS
 
-    try:
-        if not native.register():
-            install(HOOKS, check_fingerprints=os.environ.get(ALLOW_UNTESTED) != "1")
-    except SiriusIntegrationError as error:
-        return str(error)
-    return None
+    if not native.register():
+        install(HOOKS, check_fingerprints=os.environ.get(ALLOW_UNTESTED) != "1")
 
 
 def _explain_on_request(reason: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    original: Callable[..., Any] | None = getattr(EngineArgs, "create_speculative_config", None)
+    name = "create_speculative_config"
+    original = inspect.getattr_static(EngineArgs, name, None)
     if original is None:
         return
 
-    @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        options = getattr(self, "speculative_config", None) or {}
-        named = [options.get("method"), options.get("model")]
-        named += [getattr(self, "spec_method", None), getattr(self, "spec_model", None)]
-        if "sirius" in named:
-            raise SiriusIntegrationError(f"the speculative method 'sirius' is not available: {reason}")
-        return original(self, *args, **kwargs)
+        if asks_for_sirius(self):
+            raise SiriusIntegrationError(f"the speculative method {METHOD!r} is not available: {reason}")
+        # As an attribute of the class would be looked up: another plugin may have put anything there.
+        bind = getattr(type(original), "__get__", None)
+        return (original if bind is None else bind(original, self, type(self)))(*args, **kwargs)
 
-    EngineArgs.create_speculative_config = wrapper
+    setattr(EngineArgs, name, functools.wraps(original)(wrapper) if callable(original) else wrapper)

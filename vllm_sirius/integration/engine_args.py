@@ -10,14 +10,7 @@ from typing import Any
 from vllm_sirius.errors import SiriusConfigError
 from vllm_sirius.integration import engine_support, speculative_config
 from vllm_sirius.integration.hook_engine import Hook
-
-METHOD = "sirius"
-
-
-def _selected(engine_args: Any) -> bool:
-    options = engine_args.speculative_config or {}
-    named = (options.get("method"), options.get("model"), engine_args.spec_method, engine_args.spec_model)
-    return METHOD in named
+from vllm_sirius.method import METHOD, asks_for_sirius
 
 
 def _options(engine_args: Any) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def create_config(options: dict[str, Any], target_model_config: Any, target_para
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        if not _selected(self):
+        if not asks_for_sirius(self):
             return original(self, target_model_config, target_parallel_config)
         return create_config(_options(self), target_model_config, target_parallel_config)
 

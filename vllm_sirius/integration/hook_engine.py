@@ -10,8 +10,10 @@ import hashlib
 import importlib
 import inspect
 import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_sirius.errors import SiriusIntegrationError
@@ -49,7 +51,8 @@ def source_fingerprint(symbol: Any) -> str:
     """First 12 hex digits of the SHA-256 of a symbol's source, or of a constant's representation.
 
     Args:
-        symbol: A function, class, method, property or constant.
+        symbol: A function, its code object, a class, method, property or constant. Of a function that wraps another one
+            (`functools.wraps`) the source of the wrapped one counts, of a code object always its own.
 
     Returns:
         The digest.
@@ -104,40 +107,113 @@ def install(hooks: Sequence[Hook], check_fingerprints: bool = True) -> list[str]
         Targets that were installed now.
 
     Raises:
-        SiriusIntegrationError: If a symbol is missing or has changed.
+        SiriusIntegrationError: If a symbol is missing, has changed or was replaced by somebody else.
     """
-    pending = [hook for hook in hooks if not is_installed(hook)]
     planned = []
-    for hook in pending:
+    for hook in hooks:
+        if is_installed(hook):
+            continue
         owner, name, stored = resolve(hook.target)
         if check_fingerprints:
-            _check_fingerprint(hook, stored)
-        planned.append((hook, owner, name, stored))
-    for hook, owner, name, stored in planned:
-        wrapper = hook.make(_plain(stored))
-        if _is_constant(stored):
-            _constants[hook.target] = wrapper
+            _check_upstream(hook, stored)
+        planned.append(_Replacement(hook, owner, name, stored, hook.make(_plain(stored))))
+    done: list[_Replacement] = []
+    try:
+        for replacement in planned:
+            replacement.put_in()
+            done.append(replacement)
+    except BaseException:
+        for replacement in reversed(done):
+            replacement.take_out()
+        raise
+    return [replacement.hook.target for replacement in planned]
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    """What one hook puts in place of what."""
+
+    hook: Hook
+    owner: Any
+    name: str
+    stored: Any
+    wrapper: Any
+
+    def put_in(self) -> None:
+        if _is_constant(self.stored):
+            _constants[self.hook.target] = self.wrapper
         else:
-            setattr(wrapper, _MARK, hook.target)
-        setattr(owner, name, _dress(stored, wrapper))
-        for alias in hook.aliases:
+            setattr(self.wrapper, _MARK, self.hook.target)
+        setattr(self.owner, self.name, _dress(self.stored, self.wrapper))
+        self._replace_in_aliases(self.stored, self.wrapper)
+
+    def take_out(self) -> None:
+        _constants.pop(self.hook.target, None)
+        setattr(self.owner, self.name, self.stored)
+        self._replace_in_aliases(self.wrapper, self.stored)
+
+    def _replace_in_aliases(self, before: Any, after: Any) -> None:
+        for alias in self.hook.aliases:
             module = sys.modules.get(alias)
-            if module is not None and getattr(module, name, None) is stored:
-                setattr(module, name, wrapper)
-    return [hook.target for hook, *_ in planned]
+            if module is not None and getattr(module, self.name, None) is before:
+                setattr(module, self.name, after)
 
 
-def _check_fingerprint(hook: Hook, stored: Any) -> None:
-    found = source_fingerprint(_plain(stored))
-    if found != hook.fingerprint:
+def _check_upstream(hook: Hook, stored: Any) -> None:
+    """Refuses what is not the symbol that vLLM's own file defines, or not in the supported version.
+
+    A wrapper made with `functools.wraps` carries the name, the module and, for `inspect`, even the source of what it wraps.
+    So the code object that would run is asked where it comes from.
+    """
+    function = _plain(stored)
+    code = getattr(function, "__code__", None)
+    file = getattr(sys.modules[hook.target.partition(":")[0]], "__file__", None)
+    if isinstance(code, types.CodeType) and not _is_same_file(code.co_filename, file):
+        raise SiriusIntegrationError(_replaced(hook, function))
+    try:
+        found = source_fingerprint(code if isinstance(code, types.CodeType) else function)
+    except Exception as error:
+        if not isinstance(code, types.CodeType):
+            raise SiriusIntegrationError(_replaced(hook, function)) from error
         raise SiriusIntegrationError(
-            f"{hook.target} is not the one vllm-sirius was written for (source {found}, expected {hook.fingerprint}): another "
-            "plugin may have replaced it, or vLLM was modified; install the pair named in the README's compatibility table."
-        )
+            f"the source of {hook.target} in {file} cannot be read ({type(error).__name__}: {error}), so nothing shows that "
+            "it is the one vllm-sirius was written for: install a vLLM that has its source files."
+        ) from error
+    if found == hook.fingerprint:
+        return
+    if code is None and callable(function) and type(function).__module__ != "typing":
+        raise SiriusIntegrationError(_replaced(hook, function))
+    raise SiriusIntegrationError(
+        f"{hook.target} is not the one vllm-sirius was written for (source {found}, expected {hook.fingerprint}): another "
+        "plugin may have changed it, or vLLM was modified; install the pair named in the README's compatibility table."
+    )
+
+
+def _is_same_file(one: str, other: str | None) -> bool:
+    return other is not None and (one == other or Path(one).resolve() == Path(other).resolve())
+
+
+def _replaced(hook: Hook, found: Any) -> str:
+    return (
+        f"{hook.target} has been replaced by {_origin(found)}: Sirius attaches to vLLM's own only. Uninstall the plugin or "
+        "package that did it, or leave it out by VLLM_PLUGINS."
+    )
+
+
+def _origin(found: Any) -> str:
+    """Name, module and file of what somebody put in a symbol's place, by its code and not by what it says of itself."""
+    while not hasattr(found, "__code__") and hasattr(found, "func"):  # partial, partialmethod, cached_property
+        found = found.func
+    code = getattr(found, "__code__", None)
+    if not isinstance(code, types.CodeType):
+        kind = found if inspect.isclass(found) else type(found)
+        return f"an object of {kind.__qualname__} of the module {kind.__module__!r}"
+    module = getattr(found, "__globals__", {}).get("__name__", "unknown")
+    return f"{code.co_qualname} of the module {module!r} ({code.co_filename})"
 
 
 def _is_constant(stored: Any) -> bool:
-    kinds = (property, staticmethod, classmethod)
+    kinds = (property, staticmethod, classmethod, types.CodeType)
     return not (isinstance(stored, kinds) or inspect.isroutine(stored) or inspect.isclass(stored))
 
 
