@@ -301,3 +301,8 @@ def target_kernels_report(llm: Any) -> dict[str, Any]:
         "head": model.lm_head.cpu_linear.__module__ == target_linears.__name__,
         "compiled_calls": calls.count("_panel_linear"),
     }
+
+
+def pretend_longest_text(llm: Any, length: int) -> None:
+    """Tells the model runner, and nobody else, that texts may be so long."""
+    model_runner(llm).vllm_config.model_config.max_model_len = length

@@ -92,7 +92,7 @@ class Device:
             self.seq_lens,
             self.idx_mapping,
             self.drafts,
-            MAX_MODEL_LEN,
+            lambda: MAX_MODEL_LEN,
         )
 
     def draft(self, requests, num_rows=None):

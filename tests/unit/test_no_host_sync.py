@@ -52,7 +52,9 @@ def draft_step(device):
     buffers = [torch.zeros(SLOTS, dtype=kind, device=device) for kind in (torch.int32, torch.int64, torch.int32)]
     idx_mapping = torch.tensor([4, 1, 2], device=device)
     mapping = torch.full((SLOTS,), -1, device=device)
-    batch = DraftBatch(table, *buffers, mapping, torch.zeros(SLOTS, STEPS, dtype=torch.int64, device=device), 32)
+    batch = DraftBatch(
+        table, *buffers, mapping, torch.zeros(SLOTS, STEPS, dtype=torch.int64, device=device), lambda: 32
+    )
     logits = torch.randn(9, VOCABULARY, device=device)
     own = logits.argmax(dim=-1)
     drafts = torch.randint(0, VOCABULARY, (9,), device=device)

@@ -6,7 +6,7 @@ batch. The tensors keep their addresses, so a captured step works for every batc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -75,7 +75,7 @@ class DraftBatch:
         seq_lens: Tokens it attends to, itself included, ``int32``; 0 for rows that only fill a graph up.
         idx_mapping: Slot of each row, or `NO_REQUEST`, ``int64``.
         draft_token_ids: As in the attribute.
-        max_model_len: Longest text.
+        max_model_len: Gives the longest text; a captured graph keeps what it was at capture.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DraftBatch:
         seq_lens: torch.Tensor,
         idx_mapping: torch.Tensor,
         draft_token_ids: torch.Tensor,
-        max_model_len: int,
+        max_model_len: Callable[[], int],
     ) -> None:
         self.table = table
         self.draft_token_ids = draft_token_ids
@@ -113,7 +113,7 @@ class DraftBatch:
         self.draft_token_ids[:num_rows].zero_()
         self._forget_lengths(idx_mapping, slots)
         self._input_ids[:num_rows] = torch.where(drafts, last_sampled.view(-1)[slots], 0).to(torch.int32)
-        self._positions[:num_rows] = positions.clamp_max(self._max_model_len - 1)
+        self._positions[:num_rows] = positions.clamp_max(self._max_model_len() - 1)
         self._seq_lens[:num_rows] = torch.where(drafts, positions + 1, 1).to(torch.int32)
         self._seq_lens[num_rows:].zero_()
         idx_mapping.copy_(torch.where(drafts, idx_mapping, NO_REQUEST))
@@ -138,7 +138,7 @@ class DraftBatch:
         positions = self._positions[:num_rows] + 1
         goes_on = kept & (positions + 1 <= self.table.last_position[slots])
         self._input_ids[:num_rows] = fed.to(torch.int32)
-        self._positions[:num_rows] = positions.clamp_max(self._max_model_len - 1)
+        self._positions[:num_rows] = positions.clamp_max(self._max_model_len() - 1)
         seq_lens = self._seq_lens[:num_rows]
         seq_lens.copy_(torch.where(goes_on, (positions + 1).to(torch.int32), seq_lens.clamp_max(1)))
         idx_mapping.copy_(torch.where(goes_on, idx_mapping, NO_REQUEST))

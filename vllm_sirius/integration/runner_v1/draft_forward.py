@@ -7,26 +7,37 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sirius.errors import SiriusIntegrationError
 from vllm_sirius.integration.draft_model import DraftModel
+from vllm_sirius.integration.draft_room import REMEDY, check_room
 
 
-def draft_slot_mapping(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+def draft_slot_mapping(
+    block_table: torch.Tensor, num_blocks: NDArray[np.int32], positions: torch.Tensor, block_size: int
+) -> torch.Tensor:
     """KV slots of positions.
 
     Args:
-        block_table: Blocks of the request of each position, ``int [n, blocks]``.
+        block_table: Blocks of the request of each position, ``int [n, blocks]``; what lies behind its last block is not its own.
+        num_blocks: How many the request of each position has, ``int32 [n]``.
         positions: ``int64 [n]``.
         block_size: Tokens per block.
 
     Returns:
         ``int64 [n]``: ``block_id * block_size + offset``.
+
+    Raises:
+        SiriusIntegrationError: If a position has no block.
     """
+    check_room(positions.numpy(), num_blocks, block_size)
     block_ids = block_table.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
-    # Block 0 is vLLM's null block: writing there means that no lookahead slot was reserved.
-    assert bool((block_ids > 0).all()), "a draft position has no KV slot"
+    if bool((block_ids <= 0).any()):  # vLLM's null block, which stands for blocks that were given back
+        raise SiriusIntegrationError(f"a draft would write K/V into a block that its request no longer has. {REMEDY}")
     return block_ids * block_size + positions % block_size
 
 
@@ -72,7 +83,9 @@ class DraftForward:
             blocks = table.block_table.gpu
             group_common = copy.copy(common)
             group_common.block_table_tensor = blocks[rows]
-            group_common.slot_mapping = draft_slot_mapping(blocks[owners], positions, table.block_size)
+            group_common.slot_mapping = draft_slot_mapping(
+                blocks[owners], table.num_blocks_per_row[owners], positions, table.block_size
+            )
             for group in groups:
                 metadata = group.build_metadata(group_common)
                 for layer_name in group.layer_names:

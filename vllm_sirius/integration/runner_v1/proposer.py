@@ -36,7 +36,12 @@ class SiriusProposer:
         self._requests: dict[str, SiriusRequest] = {}
         self.policy: DraftPolicy | None = None
         self.lookup: Lookup | None = None
-        self._max_model_len = vllm_config.model_config.max_model_len
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest text. Read anew each time: vLLM may fit it to the KV cache after the runner was built."""
+        longest: int = self.vllm_config.model_config.max_model_len
+        return longest
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """Upstream's seam for drafters of method ``custom_class``; the runner overrides its caller."""
@@ -172,8 +177,8 @@ class SiriusProposer:
         if not request.enabled or last_token_id in request.end_token_ids:
             return None
         emitted = num_tokens - request.num_prompt_tokens
-        remaining = request.max_tokens - emitted if request.max_tokens is not None else self._max_model_len
-        length = max_useful_draft_tokens(num_spec_tokens, num_tokens - 1, remaining, self._max_model_len)
+        remaining = request.max_tokens - emitted if request.max_tokens is not None else self.max_model_len
+        length = max_useful_draft_tokens(num_spec_tokens, num_tokens - 1, remaining, self.max_model_len)
         if length == 0:
             return None
         return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids, text)

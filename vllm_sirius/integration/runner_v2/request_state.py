@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.drafting.device_batch import DraftTable
+from vllm_sirius.integration.draft_room import check_room
 from vllm_sirius.request_options import parse_request_options
 from vllm_sirius.sparsity.observation import ObservedRows
 from vllm_sirius.sparsity.statistics import NeuronStatistics
@@ -22,13 +25,19 @@ class SiriusRequestState:
         config: The knobs.
         table: What drafts must know of each request.
         statistics: Neuron statistics of the requests, or ``None`` with fine sparsity.
-        max_model_len: Longest text.
+        max_model_len: Gives the longest text, which vLLM may fit to the KV cache after this was built.
     """
 
     def __init__(
-        self, config: SiriusConfig, table: DraftTable, statistics: NeuronStatistics | None, max_model_len: int
+        self,
+        config: SiriusConfig,
+        table: DraftTable,
+        statistics: NeuronStatistics | None,
+        max_model_len: Callable[[], int],
     ) -> None:
         self.table = table
+        # What the table has on the device, to be read without waiting for it.
+        self._last_position = np.full(len(table.last_position), -1, dtype=np.int64)
         self._config = config
         self._statistics = statistics
         self._max_model_len = max_model_len
@@ -49,10 +58,30 @@ class SiriusRequestState:
             ends.add(sampling.eos_token_id)
         # Every pass emits a token of the target's own after the drafted ones, so the last token is never drafted, nor one
         # at the last position, which the scheduler does not verify.
-        longest = self._max_model_len
+        longest = self._max_model_len()
         if sampling.max_tokens is not None:
             longest = min(longest, new_request.prompt_len + sampling.max_tokens)
-        self.table.admit(slot, longest - 2 if options.enabled else -1, ends, options.threshold)
+        self._last_position[slot] = longest - 2 if options.enabled else -1
+        self.table.admit(slot, int(self._last_position[slot]), ends, options.threshold)
+
+    def check_room(self, input_batch: Any, num_steps: int, block_tables: Any) -> None:
+        """Refuses drafts that could leave the blocks of their request, by what is known without asking the device.
+
+        Args:
+            input_batch: Upstream's `InputBatch`.
+            num_steps: Tokens of the coming drafts.
+            block_tables: Upstream's `BlockTables`.
+
+        Raises:
+            SiriusIntegrationError: As in `draft_room`.
+        """
+        slots = input_batch.idx_mapping_np
+        # Were every drafted token accepted, the text would end here; the draft after it starts at this position.
+        starts = np.asarray(input_batch.seq_lens_cpu_upper_bound)[: len(slots)].astype(np.int64)
+        # A token is fed, and its K/V written, where the one after it may still stand.
+        highest = np.minimum(starts + num_steps - 1, self._last_position[slots] - 1)
+        for block_size, num_blocks in zip(block_tables.block_sizes, block_tables.num_blocks.np, strict=True):
+            check_room(highest, num_blocks[slots], block_size)
 
     def begin_pass(self, input_batch: Any) -> None:
         """Announces the rows of a real forward pass.

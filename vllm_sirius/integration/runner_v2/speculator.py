@@ -68,8 +68,20 @@ class SiriusSpeculator(DraftModelSpeculator):
             self.input_buffers.seq_lens,
             self.idx_mapping,
             self.draft_tokens,
-            self.max_model_len,
+            lambda: self.max_model_len,
         )
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest text. Read anew each time: vLLM may fit it to the KV cache after the speculator was built."""
+        longest: int = self.vllm_config.model_config.max_model_len
+        return longest
+
+    @max_model_len.setter
+    def max_model_len(self, longest: int) -> None:
+        """Upstream's constructor keeps a copy here, which is of no use."""
+
+    draft_max_seq_len = max_model_len
 
     def expect(self, target: LoadedTarget) -> None:
         """Hands over a target that a loader has read, where its weights can no longer be read afterwards."""
@@ -97,7 +109,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self._layer_names = set(layers)
         self.ffns, self._selector = install_switch(target, self.vllm_config)
-        self._state = SiriusRequestState(self.config, self.table, self.ffns.statistics, self.max_model_len)
+        self._state = SiriusRequestState(self.config, self.table, self.ffns.statistics, lambda: self.max_model_len)
         mix_into(target_model, self.vllm_config, self._state, self._make_rejection_sampler)
         self._draft = make_draft(target, self.ffns, self.vllm_config, self.device)
 
@@ -176,6 +188,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         num_reqs = input_batch.num_reqs
         num_steps = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         if not dummy_run:
+            self._state.check_room(input_batch, num_steps, self.block_tables)
             self._state.end_pass(input_batch, num_sampled)
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         positions = (input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]).long()
