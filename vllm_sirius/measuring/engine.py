@@ -13,7 +13,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +85,19 @@ class Engine:
             self.close()
             raise
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> Answers:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        **sampling: Any,
+    ) -> Answers:
         """Answers prompts, greedily unless told otherwise, as one batch.
 
         Args:
             prompts: Token ids of each prompt.
             max_tokens: Most tokens to generate for each.
+            each: What a prompt adds to `sampling`, by prompt.
             **sampling: More of vLLM's `SamplingParams`.
 
         Returns:
@@ -99,7 +106,8 @@ class Engine:
         Raises:
             EngineError: If the engine stopped.
         """
-        params = {"temperature": 0.0, **sampling, "max_tokens": max_tokens}
+        shared = {"temperature": 0.0, **sampling, "max_tokens": max_tokens}
+        params = [{**shared, **own} for own in each or [{}] * len(prompts)]
         command = {"prompts": [list(prompt) for prompt in prompts], "sampling": params}
         return Answers(**self._ask(command, GENERATE_SECONDS))
 
@@ -193,9 +201,10 @@ def _serve() -> None:
             answers.write(json.dumps({"result": llm.collective_rpc(command["call"])[0]}) + "\n")
             continue
         prompts = [{"prompt_token_ids": token_ids} for token_ids in command["prompts"]]
+        params = [SamplingParams(**sampling) for sampling in command["sampling"]]
         before = read_counts(llm.get_metrics())
         started = time.perf_counter()
-        outputs = llm.generate(prompts, SamplingParams(**command["sampling"]), use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         counts = read_counts(llm.get_metrics()).since(before)
         token_ids = [list(output.outputs[0].token_ids) for output in outputs]
