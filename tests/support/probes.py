@@ -58,7 +58,7 @@ def draft_report(llm: Any) -> dict[str, Any]:
 def fix_costs(llm: Any, draft: float) -> dict[str, Any]:
     """Makes the adaptive length of an engine (Model Runner V1) believe in a draft cost, in target steps of one token."""
     runner = model_runner(llm)
-    costs = StepCosts({1: draft}, {1: 1.0, 64: 2.0})
+    costs = StepCosts({1: draft, 32: draft}, {1: 1.0, 64: 2.0})
     costs.draft.observe = costs.target.observe = lambda size, seconds: None
     runner.drafter.policy = DraftPolicy(costs)
     runner.drafter.policy.observe_step = lambda *step: None
@@ -67,7 +67,7 @@ def fix_costs(llm: Any, draft: float) -> dict[str, Any]:
 
 def fix_guesses(llm: Any, most: int) -> None:
     """Makes an engine (Model Runner V1) take all guesses it finds up to so many tokens, as if they cost nothing."""
-    model_runner(llm).drafter.lookup = Lookup(CostCurve({1: 1.0}), most)
+    model_runner(llm).drafter.lookup = Lookup(CostCurve({1: 1.0, 32: 1.0}), most)
 
 
 def measured_costs(llm: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def lengths_by_batch(llm: Any) -> dict[str, Any]:
     loads = lengths._loads if lengths is not None else {}
     return {
         "scheduler": type(scheduler).__qualname__,
-        "seconds": {str(size): {str(n): s for n, s in load._seconds.items()} for size, load in loads.items()},
+        "seconds": {str(size): {str(n): s for n, s in load.seconds.items()} for size, load in loads.items()},
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_sirius.drafting.confidence import AcceptanceModel, RequestAcceptance, confidence
-from vllm_sirius.drafting.costs import CostCurve, StepCosts
+from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.drafting.policy import FIRST_PROBE_STEPS, PROBE_TOKENS, Draft, DraftPolicy
 
 SURE = 0.9999
@@ -45,25 +45,6 @@ def trained(policy, draft_confidence, accepted, times=400):
 
 def cheap_draft(cost=0.2, rows=8):
     return StepCosts(dict.fromkeys(range(1, rows + 1), cost), {1: 1.0, 16: 1.5, 64: 3.0})
-
-
-def test_a_cost_curve_is_straight_between_its_points_and_beyond():
-    curve = CostCurve({1: 1.0, 4: 4.0, 8: 6.0})
-    assert [curve.seconds(size) for size in (1, 2, 4, 6, 8, 12)] == pytest.approx([1, 2, 4, 5, 6, 8])
-    assert CostCurve({1: 2.0}).seconds(40) == 2.0
-
-
-def test_a_cost_curve_follows_what_is_measured_and_no_outlier_far():
-    curve = CostCurve({1: 1.0, 8: 2.0})
-    curve.observe(1, 100.0)
-    assert curve.seconds(1) == pytest.approx(1.1)
-    for _ in range(200):
-        curve.observe(1, 1.5)
-    assert curve.seconds(1) == pytest.approx(1.5, rel=0.01)
-    assert curve.seconds(8) == 2.0
-    for _ in range(200):
-        curve.observe(5, 2.5)
-    assert curve.seconds(5) == pytest.approx(2.5, rel=0.01)
 
 
 def test_confidence_is_the_probability_of_the_likeliest_token():

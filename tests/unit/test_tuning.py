@@ -10,6 +10,7 @@ import pytest
 
 from vllm_sirius.cli import main
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.measuring.engine import Answers
 from vllm_sirius.metrics import SpeculationCounts
 from vllm_sirius.request_options import THRESHOLD_KEY, parse_request_options
@@ -18,7 +19,7 @@ from vllm_sirius.tuning.grid import DRAFTS, RULES, Draft, choose_drafts
 from vllm_sirius.tuning.inspection import Inspection
 from vllm_sirius.tuning.measure import THRESHOLDS, Arm, MeasuredDraft, add_counts
 from vllm_sirius.tuning.options import TuningOptions, add_arguments, from_arguments
-from vllm_sirius.tuning.predict import Prediction, StepCosts, acceptance_lengths, best, predict, seconds_at
+from vllm_sirius.tuning.predict import Prediction, acceptance_lengths, best, predict
 from vllm_sirius.tuning.prompts_file import read_prompts
 from vllm_sirius.tuning.report import Findings, as_json, format_findings, format_verdict, judge, write_files
 from vllm_sirius.tuning.run import choose_winners, what_is_lost
@@ -37,15 +38,6 @@ def answers(token_ids, seconds, counts=(0, 0, 0), by_position=()):
 
 
 # --- costs and predictions ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("count", "seconds"), [(1, 0.10), (3, 0.115), (4, 0.12), (12, 0.16), (16, 0.18), (32, 0.36)])
-def test_seconds_lie_on_the_line_between_measured_sizes(count, seconds):
-    assert seconds_at({1: 0.10, 2: 0.11, 4: 0.12, 8: 0.14, 16: 0.18}, count) == pytest.approx(seconds)
-
-
-def test_seconds_below_the_smallest_size_are_its_own():
-    assert seconds_at({4: 0.2, 8: 0.3}, 1) == 0.2
 
 
 def test_costs_of_a_batch():

@@ -12,22 +12,13 @@ of rows and length. A few steps at some lengths are spent on measuring when a nu
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 
+from vllm_sirius.drafting.costs import CostCurve
 from vllm_sirius.drafting.policy import FIRST_RATE
 
 TRIAL_STEPS = 4
 """Steps of a trial. The first one verifies drafts of another length, so it says nothing."""
-
-FIRST_STEPS = 3
-"""Steps at one length whose median is the first estimate: a first run may compile."""
-
-FOLLOW_RATE = 0.1
-"""Weight of one later step."""
-
-LARGEST_CHANGE = 1.25
-"""A step further off than this factor was held up by something else: it counts as this far."""
 
 FIRST_INTERVAL = 256
 LAST_INTERVAL = 2048
@@ -112,8 +103,7 @@ class _Load:
     def __init__(self, lengths: Sequence[int], expected: int) -> None:
         self.chosen = expected
         self._lengths = lengths
-        self._seconds: dict[int, float] = {}
-        self._first: dict[int, list[float]] = {}
+        self._costs = CostCurve()
         middle = lengths[len(lengths) // 2]
         self._trials = sorted({0, middle, expected}, reverse=True)
         self._trial_length, self._trial_steps = self._trials.pop(), TRIAL_STEPS
@@ -134,17 +124,15 @@ class _Load:
         return self.chosen
 
     def observe(self, length: int, seconds: float) -> None:
-        known = self._seconds.get(length)
-        first = self._first.setdefault(length, [])
-        if len(first) < FIRST_STEPS:
-            first.append(seconds)
-            self._seconds[length] = statistics.median_low(first)
-        elif known is not None:
-            change = min(max(seconds / known, 1.0 / LARGEST_CHANGE), LARGEST_CHANGE)
-            self._seconds[length] = known * (1.0 + FOLLOW_RATE * (change - 1.0))
+        self._costs.observe(1 + length, seconds)
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Seconds of a step by the lengths that ran."""
+        return {length: self._estimate(length) for length in self._lengths if self._costs.num_observations(1 + length)}
 
     def _decide(self, expected_tokens: list[float]) -> None:
-        if not self._seconds:
+        if not self._costs:
             return
         rates = {length: expected_tokens[length] / self._estimate(length) for length in self._lengths}
         best = max(rates, key=rates.__getitem__)
@@ -154,22 +142,7 @@ class _Load:
             self._interval = FIRST_INTERVAL
 
     def _estimate(self, length: int) -> float:
-        """Seconds of a step, on straight lines between measured lengths; nothing gets cheaper by a longer draft."""
-        known = sorted(self._seconds)
-        below = [at for at in known if at <= length]
-        above = [at for at in known if at >= length]
-        if not below:
-            return self._seconds[above[0]]
-        if above:
-            left, right = below[-1], above[0]
-        elif len(below) > 1:
-            left, right = below[-2], below[-1]
-        else:
-            return self._seconds[below[-1]]
-        if left == right:
-            return self._seconds[left]
-        slope = max((self._seconds[right] - self._seconds[left]) / (right - left), 0.0)
-        return self._seconds[left] + slope * (length - left)
+        return self._costs.seconds(1 + length)
 
     def _next_trial(self) -> int:
         """The neighbours of the chosen length and no draft at all, in turn; where nothing is drafted, a short draft."""

@@ -1,62 +1,218 @@
-"""What a draft step and a correction pass cost on this machine: measured, and followed while the engine runs."""
+"""What passes cost by their size: measured at start-up, and learnt anew by every size while the engine runs.
+
+The one model of seconds by size, for the draft's steps (by the tokens they are fed) and the target's passes. Four things
+hold whatever is observed:
+
+* a larger pass never costs less, and nothing costs nothing;
+* each size learns for itself: what another size costs matters only where it has not run yet, or where order demands it;
+* the median of a size's newest observations counts, so single ones that were held up do not matter;
+* what was measured at start-up is a first guess, which observations replace within a few passes.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping
+import math
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 
-FOLLOW_RATE = 0.1
-"""Weight of one new measurement."""
+WINDOW = 15
+"""Newest observations of a size whose median counts."""
 
-LARGEST_CHANGE = 2.0
-"""A measurement further off than this factor says more about another program than about the cost: it counts as this far."""
+ENOUGH = 3
+"""Observations of a size that make its start measurement superfluous."""
+
+FRESH = 100
+"""Observations of any size after which what is known of one counts half where order makes it yield."""
+
+EXACT_SIZES = 32
+SIZES_PER_DOUBLING = 16
+"""Kernels work in blocks: every size learns alone up to the largest block, few neighbours together beyond it."""
 
 
 class CostCurve:
-    """Seconds of a pass by its size: straight lines between measured sizes.
+    """Seconds of a pass by its size: straight lines between known sizes.
 
     Args:
-        measured: Seconds by size, at least one size, all above 0.
+        measured: First guesses, seconds by size, all above 0. What holds a measurement up only makes it longer, so that one
+            above that of a larger size counts as that.
     """
 
-    def __init__(self, measured: Mapping[int, float]) -> None:
-        self._sizes = sorted(measured)
-        self._seconds = [measured[size] for size in self._sizes]
+    def __init__(self, measured: Mapping[int, float] | None = None) -> None:
+        self._guesses = _Line(sorted((measured or {}).items()))
+        self._observed: dict[int, _Observed] = {}
+        self._num_observed = 0
+        self._line: _Line | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything is known."""
+        return bool(self._guesses.sizes or self._observed)
 
     def seconds(self, size: int) -> float:
-        """The estimate for one size; beyond the largest measured one the last line goes on.
+        """The estimate for one size. Below the smallest known size it is that one's, beyond the largest it grows in proportion.
 
         Args:
-            size: Rows or tokens of the pass, at least 1.
+            size: Tokens or rows of the pass, at least 1.
         """
-        return sum(weight * self._seconds[index] for index, weight in self._neighbours(size))
+        if self._line is None:
+            self._line = self._fit()
+        return self._line.seconds(_learning_size(size))
 
     def observe(self, size: int, seconds: float) -> None:
-        """Moves the estimate towards a measurement.
+        """Takes in what a pass took.
 
         Args:
-            size: Rows or tokens of the pass.
-            seconds: What it took.
+            size: Its tokens or rows.
+            seconds: Its duration; one that is no positive number says nothing.
         """
-        estimate = self.seconds(size)
-        change = min(max(seconds / estimate, 1.0 / LARGEST_CHANGE), LARGEST_CHANGE)
-        for index, weight in self._neighbours(size):
-            # Beyond the last size the weights are not parts of one; only their sizes matter here.
-            step = FOLLOW_RATE * min(abs(weight), 1.0)
-            self._seconds[index] *= 1.0 + step * (change - 1.0)
+        if not 0.0 < seconds < math.inf:
+            return
+        self._num_observed += 1
+        size = _learning_size(size)
+        own = self._observed.get(size)
+        if own is None:
+            own = self._observed[size] = _Observed()
+        own.seconds.append(seconds)
+        own.latest = self._num_observed
+        estimate = self._estimate(size, own)
+        # Weights fade even where estimates stay.
+        if estimate != own.estimate or self._num_observed % WINDOW == 0:
+            own.estimate, self._line = estimate, None
+
+    def num_observations(self, size: int) -> int:
+        """Observations that the estimate of a size stands on; at most `WINDOW`.
+
+        Args:
+            size: Tokens or rows of the pass.
+        """
+        own = self._observed.get(_learning_size(size))
+        return len(own.seconds) if own is not None else 0
 
     def as_dict(self) -> dict[str, float]:
         """Seconds by size, for reports."""
-        return {str(size): seconds for size, seconds in zip(self._sizes, self._seconds, strict=True)}
+        sizes = sorted({*self._guesses.sizes, *self._observed})
+        return {str(size): self.seconds(size) for size in sizes}
 
-    def _neighbours(self, size: int) -> list[tuple[int, float]]:
-        """Indices and weights of the measured sizes that the line through `size` stands on."""
-        if len(self._sizes) == 1 or size <= self._sizes[0]:
-            return [(0, 1.0)]
-        right = min(bisect_left(self._sizes, size), len(self._sizes) - 1)
+    def _fit(self) -> _Line:
+        sizes = sorted(self._observed)
+        owns = [self._observed[size] for size in sizes]
+        values = _in_order([own.estimate for own in owns], [self._weight(own) for own in owns])
+        known = list(zip(sizes, values, strict=True))
+        guesses = self._remaining_guesses(_Line(known))
+        return _Line(sorted([*known, *guesses]))
+
+    def _estimate(self, size: int, own: _Observed) -> float:
+        values = sorted(own.seconds)
+        if len(values) < ENOUGH and self._guesses.covers(size):
+            values = sorted([*values, self._guesses.seconds(size)])
+        return values[(len(values) - 1) // 2]
+
+    def _weight(self, own: _Observed) -> float:
+        return len(own.seconds) / (1.0 + (self._num_observed - own.latest) / FRESH)
+
+    def _remaining_guesses(self, known: _Line) -> list[tuple[int, float]]:
+        """First guesses of sizes that have not run, corrected by those that have.
+
+        A guess that is too low corrects itself, because the size will run; one that is too high might keep it from ever
+        running. So guesses go down with the nearest size that was overestimated along with them, and never up.
+        """
+        guesses: list[tuple[int, float]] = []
+        if self._guesses.sizes and all(size in self._observed for size in self._guesses.sizes):
+            return guesses
+        compared = [size for size in known.sizes if self._guesses.covers(size)]
+        for size, guess in zip(self._guesses.sizes, self._guesses.values, strict=True):
+            if size in self._observed:
+                continue
+            if compared:
+                nearest = min(compared, key=lambda other: abs(math.log(other / size)))
+                guess *= min(1.0, known.seconds(nearest) / self._guesses.seconds(nearest))
+            guesses.append((size, known.between(size, guess)))
+        return guesses
+
+
+class _Observed:
+    """What was observed of one size.
+
+    Attributes:
+        seconds: The newest observations.
+        latest: Number of the last one among those of all sizes.
+        estimate: Their low median, the first guess counted as one of them while they are few.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: deque[float] = deque(maxlen=WINDOW)
+        self.latest = 0
+        self.estimate = 0.0
+
+
+class _Line:
+    """Straight lines through points that rise; a point above one to its right counts as low as that.
+
+    Args:
+        points: Sizes and seconds, by ascending size.
+    """
+
+    def __init__(self, points: Iterable[tuple[int, float]]) -> None:
+        self.sizes: list[int] = []
+        self.values: list[float] = []
+        for size, value in points:
+            self.sizes.append(size)
+            self.values.append(value)
+        for index in range(len(self.values) - 1, 0, -1):
+            self.values[index - 1] = min(self.values[index - 1], self.values[index])
+
+    def covers(self, size: int) -> bool:
+        return bool(self.sizes) and self.sizes[0] <= size <= self.sizes[-1]
+
+    def seconds(self, size: int) -> float:
+        if size <= self.sizes[0]:
+            return self.values[0]
+        if size >= self.sizes[-1]:
+            return self.values[-1] * size / self.sizes[-1]
+        right = bisect_left(self.sizes, size)
+        if self.sizes[right] == size:
+            return self.values[right]
         left = right - 1
-        part = (size - self._sizes[left]) / (self._sizes[right] - self._sizes[left])
-        return [(left, 1.0 - part), (right, part)]
+        part = (size - self.sizes[left]) / (self.sizes[right] - self.sizes[left])
+        value = self.values[left] + part * (self.values[right] - self.values[left])
+        return min(value, self.values[right])
+
+    def between(self, size: int, value: float) -> float:
+        """A value for a size, made to lie between those of its neighbours."""
+        index = bisect_right(self.sizes, size)
+        if index < len(self.sizes):
+            value = min(value, self.values[index])
+        return max(value, self.values[index - 1]) if index > 0 else value
+
+
+def _in_order(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The rising values nearest to given ones by weighted least squares (pool adjacent violators).
+
+    Args:
+        values: The values.
+        weights: Weight of each, above 0.
+
+    Returns:
+        As many values, none below the one before it.
+    """
+    pools: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        count = 1
+        while pools and pools[-1][0] >= value:
+            its_value, its_weight, its_count = pools.pop()
+            value = (value * weight + its_value * its_weight) / (weight + its_weight)
+            weight += its_weight
+            count += its_count
+        pools.append((value, weight, count))
+    return [value for value, _, count in pools for _ in range(count)]
+
+
+def _learning_size(size: int) -> int:
+    """The size that a pass counts as: itself, or the largest of the few that learn together."""
+    if size <= EXACT_SIZES:
+        return size
+    step = (1 << (size - 1).bit_length() - 1) // SIZES_PER_DOUBLING
+    return -(-size // step) * step
 
 
 class StepCosts:
@@ -74,6 +230,30 @@ class StepCosts:
     def __init__(self, draft: Mapping[int, float], target: Mapping[int, float]) -> None:
         self.draft = CostCurve(draft)
         self.target = CostCurve(target)
+
+    @classmethod
+    def from_report(cls, report: Mapping[str, Mapping[str, float]]) -> StepCosts:
+        """Reads what `as_dict` wrote; its keys are numbers as text.
+
+        Args:
+            report: ``draft_seconds`` and ``target_seconds``.
+
+        Returns:
+            The costs.
+        """
+        draft, target = (
+            {int(size): float(seconds) for size, seconds in report[name].items()}
+            for name in ("draft_seconds", "target_seconds")
+        )
+        return cls(draft, target)
+
+    def draft_cost(self, batch: int) -> float:
+        """A draft step of `batch` rows over a dense step of the target."""
+        return self.draft.seconds(batch) / self.target.seconds(batch)
+
+    def verify_cost(self, batch: int, kernel_size: int) -> float:
+        """A correction pass over a dense step of the target, both for `batch` requests."""
+        return self.target.seconds(batch * kernel_size) / self.target.seconds(batch)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """Both curves, for reports."""

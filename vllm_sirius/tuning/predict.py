@@ -1,73 +1,15 @@
-"""From what one engine showed to the speed-up at every kernel size. Leaf module."""
+"""From what one engine showed to the speed-up at every kernel size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_sirius.config import MIN_KERNEL_SIZE
+from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.metrics import SpeculationCounts, predicted_speedup
 from vllm_sirius.tuning.grid import Draft
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """Measured seconds of single steps of one engine.
-
-    Attributes:
-        draft_seconds: Draft step by number of rows.
-        target_seconds: Forward pass of the target by number of tokens.
-    """
-
-    draft_seconds: Mapping[int, float]
-    target_seconds: Mapping[int, float]
-
-    @classmethod
-    def from_report(cls, report: Mapping[str, Mapping[str, float]]) -> StepCosts:
-        """Reads what the worker's ``sirius_costs`` says; its keys are numbers as text.
-
-        Args:
-            report: ``draft_seconds`` and ``target_seconds``.
-
-        Returns:
-            The costs.
-        """
-        return cls(_by_number(report["draft_seconds"]), _by_number(report["target_seconds"]))
-
-    def draft_cost(self, batch: int) -> float:
-        """A draft step of `batch` rows over a dense step of the target."""
-        return seconds_at(self.draft_seconds, batch) / seconds_at(self.target_seconds, batch)
-
-    def verify_cost(self, batch: int, kernel_size: int) -> float:
-        """A correction pass over a dense step of the target, both for `batch` requests."""
-        return seconds_at(self.target_seconds, batch * kernel_size) / seconds_at(self.target_seconds, batch)
-
-
-def _by_number(seconds: Mapping[str, float]) -> dict[int, float]:
-    return {int(number): float(value) for number, value in seconds.items()}
-
-
-def seconds_at(measured: Mapping[int, float], count: int) -> float:
-    """Seconds of a step of any size: on the straight line between the two measured sizes around it.
-
-    Args:
-        measured: Seconds by size, at least one.
-        count: The size, in tokens or rows.
-
-    Returns:
-        The seconds. Below the smallest measured size its own; above the largest they grow in proportion, the most a
-        step can cost more.
-    """
-    sizes = sorted(measured)
-    if count <= sizes[0]:
-        return measured[sizes[0]]
-    if count >= sizes[-1]:
-        return measured[sizes[-1]] * count / sizes[-1]
-    high = next(size for size in sizes if size >= count)
-    low = sizes[sizes.index(high) - 1]
-    part = (count - low) / (high - low)
-    return measured[low] + part * (measured[high] - measured[low])
 
 
 def acceptance_lengths(counts: SpeculationCounts, longest: int) -> dict[int, float]:

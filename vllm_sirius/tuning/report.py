@@ -225,7 +225,7 @@ def _draft_as_json(measured: MeasuredDraft) -> dict[str, Any]:
         "knobs": measured.draft.knobs,
         "start_up_line": measured.start_up_line,
         "refused": measured.refused,
-        "costs": asdict(measured.costs) if measured.costs is not None else None,
+        "costs": measured.costs.as_dict() if measured.costs is not None else None,
         "counts": {rule: asdict(counts) for rule, counts in measured.counts.items()},
         "predictions": {rule: [p.as_json() for p in found] for rule, found in measured.predictions.items()},
     }
