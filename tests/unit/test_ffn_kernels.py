@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import random
+import re
 import shutil
 import stat
 import subprocess
@@ -20,6 +22,7 @@ import torch
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.kernels import reference
 from vllm_sirius.ffn.kernels.cpu import build, kernels
+from vllm_sirius.ffn.kernels.cpu.library_store import CHECKSUM, LIBRARY, LOCK
 from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
 from vllm_sirius.ffn.weights import gates_first, neuron_rows
 
@@ -277,7 +280,10 @@ def test_older_processors(
             assert_both(tokens, width, neurons, dtype, Activation.SILU)
 
 
-def test_second_build_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_build_does_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vllm.sirius")
     commands: list[list[str]] = []
     run = build._run
 
@@ -290,11 +296,15 @@ def test_second_build_does_not_compile(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
     first = build.build_library()
     assert first.is_relative_to(tmp_path)
+    before, after = (record.getMessage() for record in caplog.records)
+    assert before.startswith("Sirius: compiling CPU kernels")
+    assert re.fullmatch(r"Sirius: CPU kernels compiled in \d+ s", after)
     assert sum("-o" in command for command in commands) == 1
     written = first.stat().st_mtime_ns
     assert build.build_library() == first
     assert sum("-o" in command for command in commands) == 1
     assert first.stat().st_mtime_ns == written
+    assert len(caplog.records) == 2
     monkeypatch.setattr(build, "FLAGS", ("-std=c++17", "-O0", "-fPIC", "-shared", "-DOTHER"))
     assert build.build_library() != first
 
@@ -316,11 +326,11 @@ def test_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.rglob("*.so*"))
 
 
-def test_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     occupied = tmp_path / "file"
     occupied.write_text("")
     monkeypatch.setenv("SIRIUS_CACHE", str(occupied))
-    with pytest.raises(build.KernelBuildError, match="not writable"):
+    with pytest.raises(build.KernelBuildError, match=r"is not a folder.*set SIRIUS_CACHE"):
         build.build_library()
 
 
@@ -341,7 +351,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
     results = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     assert results[0][0] == results[1][0]
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [build.LIBRARY]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [LOCK, LIBRARY, CHECKSUM]
 
 
 def test_no_second_openmp_runtime() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from vllm_sirius.ffn.kernels.cpu.build import KernelBuildError, load_library
 from vllm_sirius.ffn.kernels.cpu.kernels import SUPPORTED_DTYPES, instruction_set
 from vllm_sirius.ffn.kernels.triton.arguments import SUPPORTED_DTYPES as TRITON_DTYPES
 from vllm_sirius.triton_runtime import TritonUnavailableError, require_triton
+
+logger = logging.getLogger("vllm.sirius")
 
 SWITCH = "SIRIUS_NATIVE_KERNELS"
 """Environment variable: ``0`` keeps to PyTorch, which saves the memory of the neuron rows and makes no draft cheaper."""
@@ -46,7 +49,9 @@ def choose_kernels(dtype: torch.dtype, device: torch.device) -> KernelChoice:
     try:
         load_library()
     except KernelBuildError as error:
-        return KernelChoice(False, str(error).splitlines()[0])
+        reason = str(error).splitlines()[0]
+        logger.warning("Sirius: no compiled CPU kernels, and drafts without them gain nothing: %s", reason)
+        return KernelChoice(False, reason)
     return KernelChoice(True, instruction_set())
 
 

@@ -1,7 +1,8 @@
 """Compiles the C++ kernels for this machine and loads them.
 
-The library is plain C behind ctypes, so building needs a C++ compiler and takes seconds. It is kept in a cache folder of
-the user, named after everything that determines it: sources, flags, compiler and the instructions of the processor.
+The library is plain C behind ctypes, so building needs a C++ compiler and takes up to a minute. It is kept in a cache folder
+of the user (`library_store`), named after everything that determines it: sources, flags, compiler and the instructions of the
+processor.
 """
 
 from __future__ import annotations
@@ -9,20 +10,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
+import time
 from pathlib import Path
 
 import torch
 
+from vllm_sirius.ffn.kernels.cpu.library_store import LibraryStoreError, find_or_make_library
+
+logger = logging.getLogger("vllm.sirius")
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno")
 SOURCES = ("gated_ffn.cpp", "low_bit.cpp", "low_bit_panels.cpp", "panels.cpp")
-LIBRARY = "gated_ffn.so"
 BUILD_SECONDS = 300
+CACHE = "SIRIUS_CACHE"
+"""Environment variable: folder of the compiled kernels."""
 
 
 class KernelBuildError(RuntimeError):
@@ -37,50 +44,58 @@ def load_library() -> ctypes.CDLL:
         The library, bound to the OpenMP runtime that PyTorch uses.
 
     Raises:
-        KernelBuildError: If there is no working compiler or the library does not load.
+        KernelBuildError: If there is no working compiler, the cache cannot be trusted or the library does not load.
     """
     path = build_library()
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise KernelBuildError(f"the CPU kernels in {path} do not load: {error}") from error
-    _declare(library)
+        _declare(library)
+    except (OSError, AttributeError) as error:
+        raise KernelBuildError(
+            f"the CPU kernels in {path} do not load ({error}): delete its folder, and if the file system does not allow to run "
+            f"code, set {CACHE} to a folder that does"
+        ) from error
     library.sirius_use_openmp(*_openmp_entry_points())
     return library
 
 
 def build_library() -> Path:
-    """Returns the path of the compiled library, compiling it unless the cache has it.
-
-    Several processes may do so at once: each compiles into a file of its own and renames it into place.
+    """Returns the path of the compiled library, compiling it unless the cache has one that may be loaded.
 
     Raises:
-        KernelBuildError: If compiling fails.
+        KernelBuildError: If compiling fails, or the cache cannot be trusted or written to.
     """
     compiler = _compiler()
-    folder = cache_folder() / _fingerprint(compiler)
-    library = folder / LIBRARY
-    if library.exists():
-        return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=LIBRARY, suffix=".tmp", dir=folder)
-        os.close(handle)
-    except OSError as error:
-        raise KernelBuildError(f"the cache folder for compiled CPU kernels is not writable: {error}") from error
-    try:
-        sources = [str(Path(__file__).with_name(source)) for source in SOURCES]
-        _run([*compiler, *FLAGS, *_preferences(), *sources, "-o", temporary])
-        Path(temporary).replace(library)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return library
+        return find_or_make_library(cache_folder(), _fingerprint(compiler), lambda path: _compile(compiler, path))
+    except LibraryStoreError as error:
+        raise KernelBuildError(
+            f"the cache of compiled CPU kernels cannot be used, {error}: set {CACHE} to a folder that belongs to you and that "
+            "no one else may write, or repair this one"
+        ) from error
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$SIRIUS_CACHE`` or a folder in the user's home."""
-    configured = os.environ.get("SIRIUS_CACHE")
-    return Path(configured) if configured else Path.home() / ".cache" / "vllm_sirius"
+    """Where compiled kernels are kept: ``$SIRIUS_CACHE`` or a folder in the user's home.
+
+    Raises:
+        KernelBuildError: If there is neither.
+    """
+    configured = os.environ.get(CACHE)
+    if configured:
+        return Path(configured).absolute()
+    try:
+        return Path.home() / ".cache" / "vllm_sirius"
+    except RuntimeError as error:
+        raise KernelBuildError(f"this user has no home folder to keep compiled CPU kernels in: set {CACHE}") from error
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    sources = [str(Path(__file__).with_name(source)) for source in SOURCES]
+    logger.info("Sirius: compiling CPU kernels (once for this machine and release)")
+    started = time.monotonic()
+    _run([*compiler, *FLAGS, *_preferences(), *sources, "-o", str(path)])
+    logger.info("Sirius: CPU kernels compiled in %.0f s", time.monotonic() - started)
 
 
 def _compiler() -> list[str]:
