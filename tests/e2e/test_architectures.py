@@ -1,12 +1,11 @@
 """Any gated FFN of vLLM: found by structure, drafted with, token-identical when lossless; everything else refused."""
 
-import random
-
 import pytest
 from support.engine_host import EngineError
+from support.prompts import random_prompts
 from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
 
-PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17, 40))]
+PROMPTS = random_prompts(5, 17, 40)
 SAMPLING = {"max_tokens": 20, "ignore_eos": True}
 DEFAULT = {"method": "sirius", "acceptance": "lossless", "kernel_size": 5, "adaptive": False}
 COARSE = {**DEFAULT, "sparsity": "coarse"}

@@ -1,12 +1,11 @@
 """The GPU's layout and kernels in a real engine: plain shared weights, Triton interpreted (runner v2)."""
 
-import random
-
 import pytest
 from support.engine_host import EngineHost
+from support.prompts import random_prompts
 from support.tiny_models import build
 
-PROMPTS = [[random.Random(seed).randrange(256) for _ in range(length)] for seed, length in enumerate((5, 17))]
+PROMPTS = random_prompts(5, 17)
 SAMPLING = {"max_tokens": 12, "ignore_eos": True}
 LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 4, "adaptive": False}
 

@@ -25,6 +25,9 @@ TESTS = Path(__file__).resolve().parent.parent
 Runner = Literal["v1", "v2"]
 """vLLM's model runner of a process."""
 
+EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
+"""On a GPU products of float32 would be rounded to TF32, Triton's by default, and no two shapes of a batch would agree."""
+
 
 def runner_environment(runner: Runner) -> dict[str, str]:
     """Variables that make vLLM's CPU build use a model runner, and find the tests' and the project's modules."""
@@ -81,6 +84,7 @@ class EngineHost:
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
+            **EXACT_FLOAT32,
             **runner_environment(runner),
             **(environment or {}),
         }

@@ -22,9 +22,11 @@ class _Backend:
     driver = _Driver
 
 
-def _masked_store(self, ptrs, value, mask, cache_policy):
-    # The interpreter's mask of an integer expression, as in vLLM's grammar kernel, is no boolean array.
-    return _upstream_masked_store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy)
+def _masked_store(self, ptrs, value, mask, *policies, **named):
+    # The interpreter's mask of an integer expression, as in vLLM's grammar kernel, is no boolean array. What
+    # follows the mask differs between Triton's releases.
+    mask = TensorHandle(mask.data.astype(bool), mask.dtype)
+    return _upstream_masked_store(self, ptrs, value, mask, *policies, **named)
 
 
 _upstream_masked_store = InterpreterBuilder.create_masked_store
