@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.errors import SiriusError
+from vllm_sirius.environment import doctor as environment
+from vllm_sirius.errors import ModelError, SiriusConfigError, SiriusError
+from vllm_sirius.measuring.model_name import check_model_name
 from vllm_sirius.metrics import predicted_speedup
 from vllm_sirius.tuning import options as tuning_options
-from vllm_sirius.tuning.errors import TuningError, TuningInterrupted
+from vllm_sirius.tuning.errors import TuningError, TuningInterrupted, TuningOptionError
 
 CEILING_ACCEPTANCE = (0.8, 0.9, 0.95, 1.0)
 """Per-token acceptance rates for which `doctor` prints a ceiling."""
@@ -25,32 +29,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; the process's own by default.
 
     Returns:
-        Exit status: 0, 1 if Sirius cannot serve what was asked, or 130 after an interruption.
+        Exit status: 0; 1 if Sirius or vLLM cannot serve what was asked, or the environment is broken; 2 if an option is bad;
+        130 after an interruption.
     """
+    given = _parser().parse_args(arguments)
+    try:
+        status: int = given.run(given)
+        return status
+    except (SiriusConfigError, TuningOptionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ModelError, TuningError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except SiriusError as error:
+        print(f"not supported: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader of standard output went away; Python would complain once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (TuningInterrupted, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vllm-sirius", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="say whether a model can be served with Sirius, and what it can gain")
-    doctor.add_argument("model", help="path or hub name")
-    doctor.add_argument("--speculative-config", type=json.loads, default={}, help="knobs of Sirius as JSON")
-    doctor.add_argument("--dtype", default="auto")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say whether vLLM runs here with Sirius, or whether a model can be served and what it can gain",
+        epilog="Exit status: 0 all is well, 1 something is wrong, 2 a bad option.",
+    )
+    doctor.add_argument("model", nargs="?", help="path or hub name; without it only the environment is looked at")
+    doctor.add_argument(
+        "--fix", action="store_true", help="repair what can be repaired in the environment, and say what"
+    )
+    doctor.add_argument("--speculative-config", type=_knobs, default={}, metavar="JSON", help="knobs of Sirius as JSON")
+    doctor.add_argument("--dtype", choices=(*tuning_options.DTYPES, "half", "float"), default="auto")
     doctor.add_argument("--trust-remote-code", action="store_true")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.set_defaults(run=_doctor)
     tune = commands.add_parser("tune", help="measure drafts on this machine and write the settings that pay")
     tuning_options.add_arguments(tune)
     tune.set_defaults(run=_tune)
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def _knobs(text: str) -> dict[str, Any]:
+    """Reads ``--speculative-config`` as vLLM does."""
+    example = """write an object, for example '{"kernel_size": 8}'"""
     try:
-        status: int = given.run(given)
-        return status
-    except SiriusError as error:
-        print(f"not supported: {error}", file=sys.stderr)
-    except TuningError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (TuningInterrupted, KeyboardInterrupt) as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        return 130
-    return 1
+        knobs = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]} is not JSON ({error}): {example}") from error
+    if not isinstance(knobs, dict):
+        raise argparse.ArgumentTypeError(f"{text[:80]} is JSON but no object: {example}")
+    method = knobs.pop("method", "sirius")
+    if method != "sirius":
+        raise argparse.ArgumentTypeError(f"method={json.dumps(method)} is not Sirius: leave the method out")
+    return knobs
 
 
 def acceptance_length(rate: float, kernel_size: int) -> float:
@@ -72,15 +109,35 @@ def _draft_name(config: SiriusConfig) -> str:
 
 
 def _doctor(given: argparse.Namespace) -> int:
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    if given.model is None:
+        findings = environment.diagnose(given.fix, say)
+        if given.json:
+            print(
+                json.dumps(
+                    {"sound": environment.is_sound(findings), "findings": [f.as_json() for f in findings]}, indent=2
+                )
+            )
+        else:
+            print(environment.format_findings(findings))
+        return 0 if environment.is_sound(findings) else 1
+    if given.fix and not environment.repair(say):
+        return 1
+    return _doctor_of_model(given)
+
+
+def _doctor_of_model(given: argparse.Namespace) -> int:
+    config = SiriusConfig.from_options(given.speculative_config)
+    check_model_name(given.model)
+    environment.require_vllm()
     # Standard output belongs to the report; vLLM reads these when it is imported.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm_sirius.integration.doctor import inspect_model
     from vllm_sirius.integration.model_shape import as_on_this_platform, bytes_per_weight
 
-    options = {key: value for key, value in given.speculative_config.items() if key != "method"}
-    config = SiriusConfig.from_options(options)
-    shape = inspect_model(given.model, options, {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code})
+    engine = {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
+    shape = inspect_model(given.model, given.speculative_config, engine)
     draft = shape.draft_density(config)
     length = config.kernel_size
     ceilings = {
@@ -116,6 +173,8 @@ def _doctor(given: argparse.Namespace) -> int:
 
 def _tune(given: argparse.Namespace) -> int:
     options = tuning_options.from_arguments(given)
+    check_model_name(options.model)
+    environment.require_vllm()
     # Loads tokenizers, which take seconds: bad options come first.
     from vllm_sirius.tuning.run import tune
 

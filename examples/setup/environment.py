@@ -68,13 +68,18 @@ def check_python(version: tuple[int, ...]) -> None:
 
 
 def missing_compilers() -> list[str]:
-    """List the compilers that are not installed.
+    """List the compilers that are not installed, as `vllm-sirius doctor` does.
 
     Returns:
         Names among gcc and g++, unless CC or CXX stands in for them.
     """
-    wanted = {"gcc": os.environ.get("CC", "gcc"), "g++": os.environ.get("CXX", "g++")}
-    return [name for name, command in wanted.items() if shutil.which(command.split()[0]) is None]
+    # The package is not installed into the Python that runs this.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    try:
+        from vllm_sirius.environment.checks import missing_compilers as missing
+    finally:
+        del sys.path[0]
+    return missing()
 
 
 def is_current(environment: Path, key: str) -> bool:

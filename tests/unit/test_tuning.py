@@ -234,7 +234,7 @@ def test_bad_options(tmp_path, monkeypatch, arguments, words):
 )
 def test_the_command_says_what_is_wrong_at_once(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert main(["tune", "MODEL", *arguments]) == 1
+    assert main(["tune", "MODEL", *arguments]) == 2
     output = capsys.readouterr()
     assert output.err.startswith("error: ")
     assert words in output.err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_sirius.errors import ModelError, SiriusError, one_line
 from vllm_sirius.ffn.kernels.native import choose_kernels
 from vllm_sirius.ffn.locate import locate_gated_ffns
 from vllm_sirius.integration.model_shape import ModelShape, measure_shape
@@ -38,7 +41,24 @@ def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str,
     Raises:
         SiriusConfigError: If an option is bad.
         SiriusUnsupportedError: If the model or the set-up cannot be served.
+        ModelError: If vLLM itself cannot serve the model.
     """
+    with _reason_in_one_line(model):
+        return _inspect(model, options, engine_options)
+
+
+@contextmanager
+def _reason_in_one_line(model: str) -> Iterator[None]:
+    """Whatever vLLM and the libraries below it raise about a model becomes one sentence."""
+    try:
+        yield
+    except SiriusError:
+        raise
+    except Exception as error:
+        raise ModelError(f"vLLM cannot serve {model}: {one_line(error)}") from error
+
+
+def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> ModelShape:
     engine_args = EngineArgs(
         model=model, enforce_eager=True, speculative_config={"method": METHOD, **options}, **engine_options
     )
@@ -69,10 +89,12 @@ def describe_engine(engine: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         SiriusUnsupportedError: If the model or the set-up cannot be served.
+        ModelError: If vLLM itself cannot serve the model.
     """
     further = {key: value for key, value in engine.items() if key != "model"}
     shape = inspect_model(engine["model"], {}, further)
-    config = EngineArgs(**engine, enforce_eager=True).create_engine_config()
+    with _reason_in_one_line(engine["model"]):
+        config = EngineArgs(**engine, enforce_eager=True).create_engine_config()
     model, parallel = config.model_config, config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     no_low_bit = "they exist on CPU only"

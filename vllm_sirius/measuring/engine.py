@@ -13,11 +13,13 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from vllm_sirius.errors import one_line
 
 START_SECONDS = 900
 GENERATE_SECONDS = 600
@@ -156,6 +158,8 @@ class Engine:
         if not line:
             raise EngineError(self._reason())
         answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise EngineError(f"{answer['error']} (its log is {self._log})")
         return answer
 
     def _read_line(self, deadline: float) -> bytes:
@@ -188,17 +192,26 @@ def _serve() -> None:
     """The child: builds the engine, then carries out commands until its input ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        for answer in _answers():
+            answers.write(json.dumps(answer) + "\n")
+    except Exception as error:
+        # The asking process cannot tell the reason from the log's other lines; vLLM's own may have several.
+        answers.write(json.dumps({"error": one_line(error)}) + "\n")
+        raise
 
+
+def _answers() -> Iterator[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     from vllm_sirius.metrics import read_counts
 
     llm = LLM(**json.loads(sys.stdin.readline())["engine"])
-    answers.write("{}\n")
+    yield {}
     for line in sys.stdin:
         command = json.loads(line)
         if "call" in command:
-            answers.write(json.dumps({"result": llm.collective_rpc(command["call"])[0]}) + "\n")
+            yield {"result": llm.collective_rpc(command["call"])[0]}
             continue
         prompts = [{"prompt_token_ids": token_ids} for token_ids in command["prompts"]]
         params = [SamplingParams(**sampling) for sampling in command["sampling"]]
@@ -208,7 +221,7 @@ def _serve() -> None:
         seconds = time.perf_counter() - started
         counts = read_counts(llm.get_metrics()).since(before)
         token_ids = [list(output.outputs[0].token_ids) for output in outputs]
-        answers.write(json.dumps({"token_ids": token_ids, "seconds": seconds, **vars(counts)}) + "\n")
+        yield {"token_ids": token_ids, "seconds": seconds, **vars(counts)}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from vllm_sirius.errors import ModelError, one_line
 
 
 def tokenize(model: str, texts: Sequence[str], trust_remote_code: bool = False) -> list[list[int]]:
@@ -15,10 +18,20 @@ def tokenize(model: str, texts: Sequence[str], trust_remote_code: bool = False) 
 
     Returns:
         Token ids of each message.
+
+    Raises:
+        ModelError: If the model has no tokenizer that works, or its chat template refuses a message.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return _token_ids(tokenizer, texts)
+    except Exception as error:  # a tokenizer raises whatever its library, template or own code does
+        raise ModelError(f"the tokenizer of {model} does not work: {one_line(error)}") from error
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if not tokenizer.chat_template:
         return [tokenizer(text)["input_ids"] for text in texts]
     chats = [

@@ -12,9 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sirius.errors import SiriusError, SiriusUnsupportedError
-from vllm_sirius.measuring.engine import ERROR_LINE
-from vllm_sirius.tuning.errors import TuningError
+from vllm_sirius.errors import ModelError, SiriusError, SiriusUnsupportedError
 from vllm_sirius.tuning.options import TuningOptions
 
 
@@ -52,18 +50,21 @@ def inspect(options: TuningOptions) -> Inspection:
 
     Raises:
         SiriusUnsupportedError: If Sirius cannot serve the model here, in the words of ``vllm serve``.
-        TuningError: If vLLM cannot.
+        ModelError: If vLLM cannot.
     """
     engine = {"model": options.model, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, "-m", __name__, json.dumps(engine)]
     found = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if found.returncode != 0:
-        errors = [line for line in found.stderr.splitlines() if ERROR_LINE.match(line)]
-        raise TuningError(f"vLLM cannot serve {options.model}: {errors[-1] if errors else 'it gave no reason'}")
+        lines = [line.strip() for line in found.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"looking at it ended with exit status {found.returncode}"
+        raise ModelError(f"vLLM cannot serve {options.model}: {reason}")
     answer: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
     if "refused" in answer:
         raise SiriusUnsupportedError(answer["refused"])
+    if "failed" in answer:
+        raise ModelError(answer["failed"])
     return Inspection(**answer)
 
 
@@ -73,6 +74,8 @@ def _answer() -> None:
 
     try:
         answer = describe_engine(json.loads(sys.argv[1]))
+    except ModelError as error:
+        answer = {"failed": str(error)}
     except SiriusError as error:
         answer = {"refused": str(error)}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

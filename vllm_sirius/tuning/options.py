@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_sirius.config import MAX_KERNEL_SIZE, MIN_KERNEL_SIZE
-from vllm_sirius.tuning.errors import TuningError
+from vllm_sirius.tuning.errors import TuningOptionError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEFAULT_NUM_PROMPTS = 4
@@ -53,7 +53,7 @@ class TuningOptions:
         """Judges the options against each other and the file system.
 
         Raises:
-            TuningError: Naming the option, its value and the remedy.
+            TuningOptionError: Naming the option, its value and the remedy.
         """
         _require_least("--num-prompts", self.num_prompts, 1)
         _require_least("--max-tokens", self.max_tokens, 1)
@@ -61,17 +61,17 @@ class TuningOptions:
         if self.max_model_len is not None:
             _require_least("--max-model-len", self.max_model_len, 1)
         if not MIN_KERNEL_SIZE <= self.max_kernel_size <= MAX_KERNEL_SIZE:
-            raise TuningError(
+            raise TuningOptionError(
                 f"--max-kernel-size={self.max_kernel_size} is not from {MIN_KERNEL_SIZE} to {MAX_KERNEL_SIZE}: choose "
                 "one, for example 16."
             )
         if self.max_tokens <= self.max_kernel_size:
-            raise TuningError(
+            raise TuningOptionError(
                 f"--max-tokens={self.max_tokens} leaves no room for a whole draft at --max-kernel-size="
                 f"{self.max_kernel_size}: use more than {self.max_kernel_size}, better four times as many."
             )
         if self.num_prompts < self.batch:
-            raise TuningError(
+            raise TuningOptionError(
                 f"--num-prompts={self.num_prompts} does not fill one batch of --batch={self.batch}: use at least "
                 f"{self.batch}."
             )
@@ -79,7 +79,7 @@ class TuningOptions:
 
     def _check_files(self) -> None:
         if self.prompts is None:
-            raise TuningError(
+            raise TuningOptionError(
                 "--prompts is missing: give a file with one prompt per line, or JSON lines with a field prompt, question or "
                 "text; use prompts like those you serve, for acceptance depends on them."
             )
@@ -87,9 +87,15 @@ class TuningOptions:
             if path is None:
                 continue
             if path.suffix != ".json":
-                raise TuningError(f"{option}={path} is not the name of a JSON file: use {path.stem or 'sirius'}.json.")
+                raise TuningOptionError(
+                    f"{option}={path} is not the name of a JSON file: use {path.stem or 'sirius'}.json."
+                )
+            if path.is_dir():
+                raise TuningOptionError(
+                    f"{option}={path} is a folder: name a file in it, for example {path / 'sirius.json'}."
+                )
             if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-                raise TuningError(
+                raise TuningOptionError(
                     f"{option}={path} cannot be written: make the folder {path.parent}, or choose another one."
                 )
 
@@ -148,7 +154,7 @@ def from_arguments(given: argparse.Namespace) -> TuningOptions:
         The checked options.
 
     Raises:
-        TuningError: If one is bad.
+        TuningOptionError: If one is bad.
     """
     options = TuningOptions(**{name: getattr(given, name) for name in TuningOptions.__dataclass_fields__})
     options.check()
@@ -161,4 +167,4 @@ def _add_number(parser: argparse.ArgumentParser, flag: str, default: int, text: 
 
 def _require_least(option: str, value: int, least: int) -> None:
     if value < least:
-        raise TuningError(f"{option}={value} is not a whole number of at least {least}: choose one.")
+        raise TuningOptionError(f"{option}={value} is not a whole number of at least {least}: choose one.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sirius.tuning.errors import TuningError
+from vllm_sirius.tuning.errors import TuningOptionError
 
 FIELDS = ("prompt", "question", "text")
 """Fields of a JSON line that may hold the prompt; the first one that is there counts."""
@@ -43,7 +43,7 @@ def read_prompts(path: Path, count: int) -> PromptFile:
         The prompts, at least one.
 
     Raises:
-        TuningError: If the file is missing, unreadable or empty, or a line of JSON has no prompt.
+        TuningOptionError: If the file is missing, unreadable or empty, or a line of JSON has no prompt.
     """
     lines = _read_lines(path, count)
     if path.suffix not in JSON_SUFFIXES and _parse_object(lines[0][1]) is None:
@@ -62,15 +62,15 @@ def _read_lines(path: Path, count: int) -> list[tuple[int, str]]:
         with path.open(encoding="utf-8") as file:
             lines = list(_first(file, count))
     except FileNotFoundError as error:
-        raise TuningError(f"--prompts={path} does not exist: give a file with one prompt per line.") from error
+        raise TuningOptionError(f"--prompts={path} does not exist: give a file with one prompt per line.") from error
     except OSError as error:
-        raise TuningError(
+        raise TuningOptionError(
             f"--prompts={path} cannot be read ({error.strerror}): give a file with one prompt per line."
         ) from error
     except UnicodeDecodeError as error:
-        raise TuningError(f"--prompts={path} is not UTF-8 text: give a file with one prompt per line.") from error
+        raise TuningOptionError(f"--prompts={path} is not UTF-8 text: give a file with one prompt per line.") from error
     if not lines:
-        raise TuningError(f"--prompts={path} is empty: give a file with one prompt per line.")
+        raise TuningOptionError(f"--prompts={path} is empty: give a file with one prompt per line.")
     return lines
 
 
@@ -87,7 +87,7 @@ def _first(lines: Iterator[str], count: int) -> Iterator[tuple[int, str]]:
 def _parse_object(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of thousands of digits, and brackets in brackets
         return None
     return value if isinstance(value, dict) else None
 
@@ -96,16 +96,16 @@ def _find_prompt(path: Path, number: int, line: str) -> tuple[str, str]:
     """Name of the field and the prompt of one JSON line."""
     value = _parse_object(line)
     if value is None:
-        raise TuningError(
+        raise TuningOptionError(
             f"--prompts={path}: line {number} is not a JSON object: write one object per line, for example "
             '{"prompt": "..."}, or plain lines in a file that ends in .txt.'
         )
     field = next((name for name in FIELDS if name in value), None)
     if field is None:
-        raise TuningError(
+        raise TuningOptionError(
             f"--prompts={path}: line {number} has none of the fields {', '.join(FIELDS)}, only "
             f"{', '.join(value) or 'an empty object'}: rename the field that holds the prompt."
         )
     if not isinstance(value[field], str) or not value[field].strip():
-        raise TuningError(f"--prompts={path}: {field!r} in line {number} is not a text: give one.")
+        raise TuningOptionError(f"--prompts={path}: {field!r} in line {number} is not a text: give one.")
     return field, value[field]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sirius.measuring.prompts import tokenize
-from vllm_sirius.tuning.errors import TuningError
+from vllm_sirius.tuning.errors import TuningOptionError
 from vllm_sirius.tuning.inspection import Inspection
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.prompts_file import PromptFile
@@ -79,10 +79,10 @@ def make_setting(options: TuningOptions, inspection: Inspection, prompts: Prompt
         The setting.
 
     Raises:
-        TuningError: If there are fewer prompts than one batch takes, or the texts are too long.
+        TuningOptionError: If there are fewer prompts than one batch takes, or the texts are too long.
     """
     if len(prompts.texts) < options.batch:
-        raise TuningError(
+        raise TuningOptionError(
             f"--batch={options.batch} needs as many prompts and --prompts={options.prompts} has {len(prompts.texts)}: add "
             "prompts or use a smaller batch."
         )
@@ -124,13 +124,13 @@ def choose_max_model_len(longest: int, wanted: int | None, possible: int) -> int
         What the user gave, or what the texts need.
 
     Raises:
-        TuningError: If the texts are longer.
+        TuningOptionError: If the texts are longer.
     """
     limit = possible if wanted is None else wanted
     if longest > limit:
         option = "the model's longest text" if wanted is None else "--max-model-len"
         remedy = "--max-tokens" if wanted is None else "--max-tokens, or a larger --max-model-len"
-        raise TuningError(
+        raise TuningOptionError(
             f"the longest prompt and its answer take {longest} tokens, {option} is {limit}: use shorter prompts, a smaller "
             f"{remedy}."
         )

