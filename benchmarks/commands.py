@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
+from vllm_sirius.measuring.child import child_environment
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 SECONDS = 3600
@@ -47,7 +47,7 @@ def options(engine: dict[str, Any]) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Variables for commands of vLLM: those of this process, and engines in processes of their own."""
-    return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return child_environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", TOKENIZERS_PARALLELISM="false")
 
 
 def require_vllm() -> None:

@@ -180,3 +180,7 @@ def _tune(given: argparse.Namespace) -> int:
 
     print(tune(options))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,7 +76,7 @@ def main() -> None:
         measure_all(arguments)
         return
     for threads in arguments.threads:
-        command = [sys.executable, *sys.argv, "--bound", "--threads", str(threads)]
+        command = [sys.executable, "-P", *sys.argv, "--bound", "--threads", str(threads)]
         subprocess.run(command, env={**os.environ, **bound_environment(threads)}, check=True)
 
 

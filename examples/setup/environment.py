@@ -108,6 +108,16 @@ def python_of(environment: Path) -> Path:
     return environment / "bin" / "python"
 
 
+def step_variables() -> dict[str, str]:
+    """Give the variables that steps run with.
+
+    Returns:
+        Those of this process, and what keeps the current folder out of the path of Python and its children: a
+        `json.py` that happens to lie there must not run.
+    """
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
+
+
 def has_working_pip(environment: Path) -> bool:
     """Tell whether a virtual environment can be built upon.
 
@@ -120,7 +130,7 @@ def has_working_pip(environment: Path) -> bool:
     if not python_of(environment).exists():
         return False
     command = [str(python_of(environment)), "-m", "pip", "--version"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return subprocess.run(command, env=step_variables(), capture_output=True, check=False).returncode == 0
 
 
 @contextmanager
@@ -152,7 +162,7 @@ def run_step(step: plan.Step, number: int, total: int) -> None:
     """
     print(f"[{number}/{total}] {step.title} ...", flush=True)
     started = time.monotonic()
-    status = subprocess.run(step.command, stdin=subprocess.DEVNULL, check=False).returncode
+    status = subprocess.run(step.command, env=step_variables(), stdin=subprocess.DEVNULL, check=False).returncode
     if status != 0:
         raise SetupError(f"could not {step.title} (exit status {status}); {step.remedy}")
     print(f"[{number}/{total}] done in {time.monotonic() - started:.0f} s", flush=True)

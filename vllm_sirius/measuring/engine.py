@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vllm_sirius.errors import one_line
+from vllm_sirius.measuring.child import child_environment, python_command
 
 START_SECONDS = 900
 GENERATE_SECONDS = 600
@@ -67,15 +68,14 @@ class Engine:
 
     def __init__(self, options: dict[str, Any], log: Path) -> None:
         self._log = log
-        variables = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        variables = child_environment(
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            VLLM_LOGGING_STREAM="ext://sys.stderr",
+            TOKENIZERS_PARALLELISM="false",
+        )
         with log.open("wb") as stderr:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                python_command(__name__),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

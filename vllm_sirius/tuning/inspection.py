@@ -6,13 +6,13 @@ A process of its own keeps vLLM's imports, environment variables and distributed
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_sirius.errors import ModelError, SiriusError, SiriusUnsupportedError
+from vllm_sirius.measuring.child import child_environment, python_command
 from vllm_sirius.tuning.options import TuningOptions
 
 
@@ -53,8 +53,8 @@ def inspect(options: TuningOptions) -> Inspection:
         ModelError: If vLLM cannot.
     """
     engine = {"model": options.model, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
-    variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, "-m", __name__, json.dumps(engine)]
+    variables = child_environment(VLLM_LOGGING_STREAM="ext://sys.stderr", VLLM_LOGGING_LEVEL="ERROR")
+    command = python_command(__name__, json.dumps(engine))
     found = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if found.returncode != 0:
         lines = [line.strip() for line in found.stderr.splitlines() if line.strip()]
