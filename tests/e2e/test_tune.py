@@ -64,7 +64,9 @@ def test_one_draft(prompts, tmp_path, capfd):
     assert [winner["acceptance"] for winner in report["winners"]] == list(RULES)
     for winner in report["winners"]:
         check_settings(winner, options.output_file(winner["acceptance"]), text)
-    assert "questions.jsonl, JSON lines, field 'question'" in text
+    assert f"2 of {len(OWN_QUESTIONS)} prompts (questions.jsonl, JSON lines, field 'question')" in text
+    assert f"--num-prompts=2 takes the first 2 of {len(OWN_QUESTIONS)} prompts" in text
+    assert "Recommended: " in text
     bar = capfd.readouterr().err
     assert re.search(r"100%.*\d+/\d+", bar)
 
@@ -73,7 +75,7 @@ def check_settings(winner, file, text):
     config = SiriusConfig.from_options(winner["speculative_config"])
     assert config.acceptance == winner["acceptance"]
     assert 2 <= config.kernel_size <= MAX_KERNEL_SIZE
-    assert winner["pays"] == (winner["measured_ratio"] >= 1.0) == file.exists()
+    assert winner["pays"] == (winner["interval"][0] > 1.0) == file.exists()
     if file.exists():
         assert json.loads(file.read_text()) == winner["speculative_config"]
     assert f"measured {winner['measured_ratio']:.2f}x" in text

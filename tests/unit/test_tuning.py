@@ -1,4 +1,4 @@
-"""The tuner without engines: options, prompts, grid, predictions, verdicts and files."""
+"""The tuner without engines: options, prompts, grid, predictions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ from vllm_sirius.measuring.engine import Answers
 from vllm_sirius.metrics import SpeculationCounts
 from vllm_sirius.request_options import THRESHOLD_KEY, parse_request_options
 from vllm_sirius.tuning.errors import TuningError
-from vllm_sirius.tuning.grid import DRAFTS, RULES, Draft, choose_drafts
-from vllm_sirius.tuning.inspection import Inspection
-from vllm_sirius.tuning.measure import THRESHOLDS, Arm, MeasuredDraft, add_counts
+from vllm_sirius.tuning.grid import DRAFTS, RULES, choose_drafts
+from vllm_sirius.tuning.measure import THRESHOLDS, add_counts
 from vllm_sirius.tuning.options import TuningOptions, add_arguments, from_arguments
 from vllm_sirius.tuning.predict import Prediction, acceptance_lengths, best, predict
 from vllm_sirius.tuning.prompts_file import read_prompts
-from vllm_sirius.tuning.report import Findings, as_json, format_findings, format_verdict, judge, write_files
-from vllm_sirius.tuning.run import choose_winners, what_is_lost
-from vllm_sirius.tuning.setting import Setting, choose_max_model_len, whole_batches
+from vllm_sirius.tuning.setting import choose_max_model_len, whole_batches
 
 COARSE = DRAFTS[0]
 COSTS = {
@@ -140,6 +137,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 def test_lines_of_text(tmp_path):
     found = read_prompts(write(tmp_path, "mine.txt", "one\n\n  two  \nthree\nfour\n"), 3)
     assert found.texts == ("one", "two", "three")
+    assert found.num_in_file == 4
     assert found.source == "mine.txt, one prompt per line"
 
 
@@ -254,102 +252,3 @@ def test_longest_text():
 def test_a_rest_fills_no_batch():
     assert whole_batches([[1], [2], [3], [4], [5]], 2) == [[[1], [2]], [[3], [4]]]
     assert whole_batches([[1], [2]], 1) == [[[1]], [[2]]]
-
-
-# --- verdicts and files ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def setting(tmp_path):
-    options = TuningOptions("MODEL", prompts=tmp_path / "mine.txt", output=tmp_path / "out.json", max_kernel_size=4)
-    inspection = Inspection("cpu", "bfloat16", "", 4096, 1000, 10**9, 0.6)
-    return Setting(options, inspection, "mine.txt", [[[1, 2]], [[3]]], {"model": "MODEL", "max_num_seqs": 1})
-
-
-def measured(draft: Draft, lossless_accepted, threshold_accepted) -> MeasuredDraft:
-    costs = StepCosts.from_report(COSTS)
-    counts = {
-        rule: SpeculationCounts(10, 30, sum(accepted), accepted)
-        for rule, accepted in zip(RULES, (lossless_accepted, threshold_accepted), strict=True)
-    }
-    predictions = {rule: predict(draft, rule, counts[rule], costs, 1, 4) for rule in RULES}
-    return MeasuredDraft(draft, "24 gated FFNs", "", costs, counts, predictions)
-
-
-@pytest.fixture
-def findings(setting):
-    """Two measured drafts and a refused one; the winner is 1.5 times as fast without a threshold, 0.75 times with one."""
-    refused = MeasuredDraft(DRAFTS[1], refused="the engine stopped: no gate")
-    drafts = [refused, measured(DRAFTS[0], (10, 9, 8), (10, 9, 9)), measured(DRAFTS[2], (9, 8, 7), (10, 10, 10))]
-    found = Findings(setting, drafts)
-    lossless, threshold = choose_winners(found)
-    found.arms = [
-        Arm("vLLM alone", None, [answers([[1, 2, 3]], 1.0), answers([[4, 5, 6]], 2.0)]),
-        Arm("best lossless", lossless, [answers([[1, 2, 3]], 0.5), answers([[4, 5, 7]], 1.5)]),
-        Arm("best threshold", threshold, [answers([[1, 2, 9]], 2.0), answers([[4, 5, 9]], 2.0)]),
-    ]
-    found.verdicts = judge(found.arms)
-    return found
-
-
-def test_each_rule_has_its_own_winner(findings):
-    lossless, threshold = choose_winners(findings)
-    assert (lossless.draft, lossless.acceptance, lossless.kernel_size) == (DRAFTS[0], "lossless", 4)
-    assert (threshold.draft, threshold.acceptance, threshold.kernel_size) == (DRAFTS[2], "threshold", 4)
-
-
-def test_no_winner_without_a_measured_draft(setting):
-    with pytest.raises(TuningError, match="no draft could be measured; the first one: the engine stopped: no gate"):
-        choose_winners(Findings(setting, [MeasuredDraft(DRAFTS[1], refused="the engine stopped: no gate")]))
-
-
-def test_verdicts(findings):
-    lossless, threshold = findings.verdicts
-    assert lossless.ratio == pytest.approx(1.5)
-    assert lossless.batch_ratios == pytest.approx((2.0, 4 / 3))
-    assert (lossless.num_identical, lossless.num_answers, lossless.pays) == (1, 2, True)
-    assert threshold.ratio == pytest.approx(0.75)
-    assert (threshold.num_identical, threshold.pays) == (0, False)
-
-
-def test_adaptive_winners_draft_up_to_the_longest_kernel_size(findings):
-    arm = Arm("best lossless", choose_winners(findings)[0], adaptive_kernel_size=16)
-    config = SiriusConfig.from_options(arm.speculative_config)
-    assert (config.kernel_size, config.adaptive, config.acceptance) == (16, True, "lossless")
-
-
-def test_only_settings_that_pay_are_written(findings, tmp_path):
-    write_files(findings)
-    written = json.loads((tmp_path / "out-lossless.json").read_text())
-    config = SiriusConfig.from_options(written)
-    assert written["method"] == "sirius"
-    assert (config.sparsity, config.kernel_size, config.acceptance) == ("coarse", 4, "lossless")
-    assert not (tmp_path / "out-threshold.json").exists()
-
-
-def test_what_the_user_reads(findings, tmp_path):
-    (tmp_path / "out-threshold.json").write_text("{}")
-    text = format_findings(findings)
-    assert "1.37x at 4 (accepts 3.7)" in text
-    assert "fine 0.5 is left out: the engine stopped: no gate" in text
-    assert "Predicted 1.37x at a fixed kernel size of 4, measured 1.50x with it (1.33 to 2.00 over the prompts)" in text
-    assert "1 of 2 answers are those" in text
-    assert "Predicted 1.48x at a fixed kernel size of 4, measured 0.75x with it" in text
-    slow = format_verdict(findings.verdicts[1], findings.setting.options)
-    assert "slower than vLLM alone, so no file is written: do not use Sirius" in slow
-    assert "out-threshold.json is from an earlier run" in slow
-
-
-def test_report_holds_everything(findings, tmp_path):
-    report = json.loads(json.dumps(as_json(findings)))
-    assert [draft["refused"] for draft in report["drafts"]] == ["the engine stopped: no gate", "", ""]
-    assert report["drafts"][1]["costs"]["target_seconds"]["16"] == 0.18
-    assert [p["kernel_size"] for p in report["drafts"][1]["predictions"]["lossless"]] == [2, 3, 4]
-    assert [arm["title"] for arm in report["comparison"]] == ["vLLM alone", "best lossless", "best threshold"]
-    assert [winner["pays"] for winner in report["winners"]] == [True, False]
-    assert report["winners"][1]["measured_ratio"] == pytest.approx(0.75)
-
-
-def test_what_an_interruption_costs(findings):
-    assert "of 3 of 7 drafts are lost" in what_is_lost(findings, 7)
-    assert "all drafts and the comparison" in what_is_lost(findings, 3)

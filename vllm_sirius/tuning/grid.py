@@ -65,6 +65,10 @@ DRAFTS = (
 )
 
 
+DEFAULT_DRAFTS = ("int4 all", "coarse 0.5")
+"""Titles of what is drafted with unless told otherwise: on CPU, and where copies in few bits cannot be drafted with."""
+
+
 def choose_drafts(drafts: Sequence[Draft], quick: bool, low_bit: bool) -> list[Draft]:
     """The drafts that can be measured here.
 

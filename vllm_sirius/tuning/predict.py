@@ -96,6 +96,27 @@ def predict(
     return predictions
 
 
+PREDICTION_ERROR = 0.05
+"""Speed-ups closer than this are the same: predictions stand on steps that were timed a few times."""
+
+
+def choose(predictions: Sequence[Prediction], default: str) -> Prediction:
+    """The prediction to put to the test: the best, or the default draft's where it is as good.
+
+    Args:
+        predictions: Those of one rule.
+        default: Title of the draft that is used unless told otherwise.
+
+    Returns:
+        One of them.
+    """
+    found = best(predictions)
+    usual = [prediction for prediction in predictions if prediction.draft.title == default]
+    if usual and best(usual).speedup >= found.speedup * (1.0 - PREDICTION_ERROR):
+        return best(usual)
+    return found
+
+
 def best(predictions: Sequence[Prediction]) -> Prediction:
     """The prediction with the largest speed-up; of equal ones that with the smaller kernel size."""
     return max(predictions, key=lambda prediction: (prediction.speedup, -prediction.kernel_size))

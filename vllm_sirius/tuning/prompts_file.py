@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ class PromptFile:
     Attributes:
         texts: The prompts.
         source: What was found, for the user: name of the file, kind and fields.
+        num_in_file: Prompts of the file, those included that were not wanted.
     """
 
     texts: tuple[str, ...]
     source: str
+    num_in_file: int
 
 
 def read_prompts(path: Path, count: int) -> PromptFile:
@@ -45,22 +47,24 @@ def read_prompts(path: Path, count: int) -> PromptFile:
     Raises:
         TuningOptionError: If the file is missing, unreadable or empty, or a line of JSON has no prompt.
     """
-    lines = _read_lines(path, count)
+    lines, num_in_file = _read_lines(path, count)
     if path.suffix not in JSON_SUFFIXES and _parse_object(lines[0][1]) is None:
-        return PromptFile(tuple(text for _, text in lines), f"{path.name}, one prompt per line")
+        return PromptFile(tuple(text for _, text in lines), f"{path.name}, one prompt per line", num_in_file)
     found = [_find_prompt(path, number, text) for number, text in lines]
     fields = Counter(field for field, _ in found)
     names = ", ".join(
         f"field {name!r}" if len(fields) == 1 else f"{times} of field {name!r}" for name, times in fields.items()
     )
-    return PromptFile(tuple(text for _, text in found), f"{path.name}, JSON lines, {names}")
+    return PromptFile(tuple(text for _, text in found), f"{path.name}, JSON lines, {names}", num_in_file)
 
 
-def _read_lines(path: Path, count: int) -> list[tuple[int, str]]:
-    """Number and text of the first lines that are not blank."""
+def _read_lines(path: Path, count: int) -> tuple[list[tuple[int, str]], int]:
+    """Number and text of the first lines that are not blank, and how many such lines there are."""
     try:
         with path.open(encoding="utf-8") as file:
-            lines = list(_first(file, count))
+            filled = ((number, line.strip()) for number, line in enumerate(file, start=1) if line.strip())
+            lines = list(islice(filled, count))
+            num_in_file = len(lines) + sum(1 for _ in filled)
     except FileNotFoundError as error:
         raise TuningOptionError(f"--prompts={path} does not exist: give a file with one prompt per line.") from error
     except OSError as error:
@@ -71,17 +75,7 @@ def _read_lines(path: Path, count: int) -> list[tuple[int, str]]:
         raise TuningOptionError(f"--prompts={path} is not UTF-8 text: give a file with one prompt per line.") from error
     if not lines:
         raise TuningOptionError(f"--prompts={path} is empty: give a file with one prompt per line.")
-    return lines
-
-
-def _first(lines: Iterator[str], count: int) -> Iterator[tuple[int, str]]:
-    left = count
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield number, line.strip()
-            left -= 1
-        if left == 0:
-            return
+    return lines, num_in_file
 
 
 def _parse_object(line: str) -> dict[str, Any] | None:

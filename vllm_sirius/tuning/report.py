@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_sirius.measuring.engine import Answers
 from vllm_sirius.measuring.machine import describe_machine
+from vllm_sirius.tuning.certainty import format_interval, interval
 from vllm_sirius.tuning.grid import RULES, THRESHOLD
 from vllm_sirius.tuning.measure import Arm, MeasuredDraft
 from vllm_sirius.tuning.options import TuningOptions
-from vllm_sirius.tuning.predict import best
+from vllm_sirius.tuning.predict import PREDICTION_ERROR, best
 from vllm_sirius.tuning.setting import Setting
 
 RULE_TITLES = {"lossless": "lossless", "threshold": f"threshold {THRESHOLD:g}"}
@@ -37,9 +39,14 @@ class Verdict:
     num_answers: int
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Where the ratio lies with 95 % certainty."""
+        return interval(self.batch_ratios)
+
+    @property
     def pays(self) -> bool:
-        """Whether it is at least as fast as vLLM alone."""
-        return self.ratio >= 1.0
+        """Whether it is faster than vLLM alone beyond chance."""
+        return self.ratio > 1.0 and self.interval[0] > 1.0
 
     @property
     def acceptance(self) -> str:
@@ -118,7 +125,8 @@ def format_table(drafts: Sequence[MeasuredDraft], max_kernel_size: int) -> str:
             line += f"{cell:>30}"
         lines.append(line)
     lines.append(
-        "Costs in one-token steps of vLLM alone; 'at' is the kernel size, 'accepts' the mean tokens per check at it."
+        "Costs in one-token steps of vLLM alone; 'at' is the kernel size, 'accepts' the mean tokens per check at it. Where the "
+        f"default draft is within {PREDICTION_ERROR:.0%} of the best, it is the one that is put to the test."
     )
     return "\n".join(lines)
 
@@ -139,6 +147,7 @@ def format_verdict(verdict: Verdict, options: TuningOptions) -> str:
     config = verdict.arm.speculative_config
     how = "with adaptive lengths" if config["adaptive"] else "with it"
     spread = f"{min(verdict.batch_ratios):.2f} to {max(verdict.batch_ratios):.2f} over the prompts"
+    spread += f"; with 95 % certainty {format_interval(verdict.interval)}"
     text = (
         f"Best {RULE_TITLES[verdict.acceptance]}: {prediction.draft.title}. Predicted {prediction.speedup:.2f}x at a fixed "
         f"kernel size of {prediction.kernel_size}, measured {verdict.ratio:.2f}x {how} ({spread}); {verdict.num_identical} of "
@@ -148,10 +157,47 @@ def format_verdict(verdict: Verdict, options: TuningOptions) -> str:
         return text + (
             f"  Written to {file}. Serve with: vllm serve {options.model} --speculative-config \"$(cat '{file}')\""
         )
-    text += "  This is slower than vLLM alone, so no file is written: do not use Sirius with this rule here."
+    if verdict.ratio < 1.0:
+        text += "  This is slower than vLLM alone, so no file is written: do not use Sirius with this rule here."
+    else:
+        text += "  This may be chance, so no file is written: measure with more prompts (--num-prompts)."
     if file.exists():
         text += f" {file} is from an earlier run."
     return text
+
+
+def recommend(verdicts: Sequence[Verdict]) -> str:
+    """What to use, and why: of settings that cannot be told apart the safer one, which is lossless, which is the default.
+
+    Args:
+        verdicts: The winners, lossless first.
+
+    Returns:
+        A few sentences.
+    """
+    paying = [verdict for verdict in verdicts if verdict.pays]
+    if not paying and all(verdict.ratio < 1.0 for verdict in verdicts):
+        return "Recommended: vLLM alone. Every setting was slower on these prompts."
+    if not paying:
+        return (
+            "No clear winner: no setting is faster than vLLM alone beyond chance. Recommended: vLLM alone, or the default "
+            "settings (lossless, adaptive), which keep the model's own output and stop drafting where that does not pay. "
+            "More prompts (--num-prompts) or a quieter machine may tell them apart."
+        )
+    first = paying[0]
+    if len(paying) == 1:
+        return (
+            f"Recommended: {RULE_TITLES[first.acceptance]}, the only rule that is faster than vLLM alone beyond chance."
+        )
+    second = paying[1]
+    ends = interval([other / one for one, other in zip(first.batch_ratios, second.batch_ratios, strict=True)])
+    names = RULE_TITLES[first.acceptance], RULE_TITLES[second.acceptance]
+    over = f"{names[1]} over {names[0]}: with 95 % certainty {format_interval(ends)}"
+    if ends[0] <= 1.0 <= ends[1]:
+        return f"No clear winner ({over}). Recommended: {names[0]}, because it keeps the model's own output."
+    if ends[1] < 1.0:
+        return f"Recommended: {names[0]}, which is faster ({over}) and keeps the model's own output."
+    return f"Recommended: {names[0]}, which keeps the model's own output; {names[1]} is faster ({over}) but lossy."
 
 
 def format_findings(findings: Findings) -> str:
@@ -164,13 +210,15 @@ def format_findings(findings: Findings) -> str:
         Lines for standard output.
     """
     options = findings.setting.options
-    parts = [findings.setting.conditions, format_table(findings.drafts, options.max_kernel_size)]
+    conditions = "\n".join(filter(None, [findings.setting.conditions, findings.setting.why_these_prompts]))
+    parts = [conditions, format_table(findings.drafts, options.max_kernel_size)]
     if findings.setting.inspection.no_low_bit:
         parts.append(f"Drafts in int8 and int4 are left out: {findings.setting.inspection.no_low_bit}.")
     parts += [
         f"{measured.draft.title} is left out: {measured.refused}" for measured in findings.drafts if measured.refused
     ]
     parts += [format_verdict(verdict, options) for verdict in findings.verdicts]
+    parts.append(recommend(findings.verdicts))
     parts.append(
         "Predictions are of decoding alone; measured speed includes the prompts' own passes. A threshold is lossy: tokens "
         "pass that vLLM alone would not choose. Lossless differs by rounding only."
@@ -206,7 +254,11 @@ def as_json(findings: Findings) -> dict[str, Any]:
     return {
         "provenance": {
             "model": setting.name,
-            "prompts": {"source": setting.source, "tokens": [len(ids) for batch in setting.batches for ids in batch]},
+            "prompts": {
+                "source": setting.source,
+                "in_file": setting.num_in_file,
+                "tokens": [len(ids) for batch in setting.batches for ids in batch],
+            },
             "sampling": {"temperature": 0.0, "max_tokens": setting.options.max_tokens},
             "engine": {key: value for key, value in setting.engine.items() if key != "model"},
             "max_kernel_size": setting.options.max_kernel_size,
@@ -247,6 +299,7 @@ def _verdict_as_json(verdict: Verdict) -> dict[str, Any]:
         "prediction": verdict.arm.prediction.as_json(),
         "measured_ratio": verdict.ratio,
         "batch_ratios": verdict.batch_ratios,
+        "interval": [None if math.isinf(end) else end for end in verdict.interval],
         "identical_answers": verdict.num_identical,
         "answers": verdict.num_answers,
         "pays": verdict.pays,

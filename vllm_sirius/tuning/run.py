@@ -10,11 +10,11 @@ from pathlib import Path
 
 from vllm_sirius.measuring import memory
 from vllm_sirius.tuning.errors import TuningError, TuningInterrupted
-from vllm_sirius.tuning.grid import DRAFTS, RULES, Draft, choose_drafts
+from vllm_sirius.tuning.grid import DEFAULT_DRAFTS, DRAFTS, RULES, Draft, choose_drafts
 from vllm_sirius.tuning.inspection import inspect
 from vllm_sirius.tuning.measure import compare, measure_draft, steps_of_a_draft, steps_of_the_comparison
 from vllm_sirius.tuning.options import TuningOptions
-from vllm_sirius.tuning.predict import Prediction, best
+from vllm_sirius.tuning.predict import Prediction, choose
 from vllm_sirius.tuning.progress import Progress
 from vllm_sirius.tuning.prompts_file import read_prompts
 from vllm_sirius.tuning.report import Findings, format_findings, judge, write_files
@@ -118,6 +118,8 @@ def _measure(findings: Findings, drafts: Sequence[Draft], folder: Path) -> None:
     total = len(drafts) * steps_of_a_draft(setting) + steps_of_the_comparison(setting)
     with Progress(total) as progress:
         progress.say(setting.conditions)
+        if setting.why_these_prompts:
+            progress.say(setting.why_these_prompts)
         for number, draft in enumerate(drafts, start=1):
             findings.drafts.append(measure_draft(setting, draft, folder / f"draft-{number}.log", progress))
         findings.arms = compare(setting, choose_winners(findings), folder, progress)
@@ -125,7 +127,7 @@ def _measure(findings: Findings, drafts: Sequence[Draft], folder: Path) -> None:
 
 
 def choose_winners(findings: Findings) -> list[Prediction]:
-    """The best draft and kernel size under each rule, by prediction.
+    """The best draft and kernel size under each rule, by prediction; the default draft where it is as good.
 
     Args:
         findings: The measured grid.
@@ -138,5 +140,8 @@ def choose_winners(findings: Findings) -> list[Prediction]:
     """
     measured = [one for one in findings.drafts if not one.refused]
     if not measured:
-        raise TuningError(f"no draft could be measured; the first one: {findings.drafts[0].refused}")
-    return [best([p for one in measured for p in one.predictions[rule]]) for rule in RULES]
+        reasons = "".join(f"\n  {one.draft.title}: {one.refused}" for one in findings.drafts)
+        raise TuningError(f"no draft could be measured:{reasons}")
+    titles = [one.draft.title for one in measured]
+    default = next((title for title in DEFAULT_DRAFTS if title in titles), "")
+    return [choose([p for one in measured for p in one.predictions[rule]], default) for rule in RULES]

@@ -34,6 +34,7 @@ class Setting:
         source: Where the prompts come from.
         batches: Token ids of the prompts, in batches of one size.
         engine: Arguments of `vllm.LLM`, all but the speculative config.
+        num_in_file: Prompts of the file, of which those of `batches` are used.
     """
 
     options: TuningOptions
@@ -41,6 +42,7 @@ class Setting:
     source: str
     batches: list[list[list[int]]]
     engine: dict[str, Any]
+    num_in_file: int
 
     @property
     def name(self) -> str:
@@ -62,9 +64,25 @@ class Setting:
     def conditions(self) -> str:
         """The conditions of the measurement, one line."""
         return (
-            f"{self.name}, {self.num_prompts} prompts ({self.source}), greedy, {self.inspection.dtype}, batch "
-            f"{self.options.batch}, at most {self.options.max_tokens} tokens each"
+            f"{self.name}, {self.num_prompts} of {self.num_in_file} prompts ({self.source}), greedy, "
+            f"{self.inspection.dtype}, batch {self.options.batch}, at most {self.options.max_tokens} tokens each"
         )
+
+    @property
+    def why_these_prompts(self) -> str:
+        """Why not all prompts of the file are used, and how to use more; empty where all are."""
+        read = min(self.options.num_prompts, self.num_in_file)
+        reasons = []
+        if read < self.num_in_file:
+            reasons.append(
+                f"--num-prompts={self.options.num_prompts} takes the first {read} of {self.num_in_file} prompts: more make "
+                "the result surer and the measurement longer"
+            )
+        if self.num_prompts < read:
+            reasons.append(
+                f"--batch={self.options.batch} leaves out the last {read - self.num_prompts} of {read}, which fill no batch"
+            )
+        return "; ".join(reasons)
 
 
 def make_setting(options: TuningOptions, inspection: Inspection, prompts: PromptFile) -> Setting:
@@ -104,7 +122,7 @@ def make_setting(options: TuningOptions, inspection: Inspection, prompts: Prompt
     }
     if inspection.platform != "cpu":
         engine["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
-    return Setting(options, inspection, prompts.source, batches, engine)
+    return Setting(options, inspection, prompts.source, batches, engine, prompts.num_in_file)
 
 
 def whole_batches(prompts: list[list[int]], size: int) -> list[list[list[int]]]:
