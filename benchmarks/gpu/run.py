@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -111,14 +110,9 @@ def provenance() -> dict[str, Any]:
     import torch
     import triton
 
+    from vllm_sirius.measuring.machine import describe_source
+
     properties = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "gpu": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -127,7 +121,7 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": describe_source(),
         "command": sys.argv[1:],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

