@@ -60,7 +60,7 @@ demo: setup ## Compare vLLM with and without Sirius on real prompts; MODEL=PATH_
 	@$(if $(MODEL),true,$(DOWNLOAD) $(DEMO_MODEL))
 	@$(IN_ENVIRONMENT) python examples/demo/run.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-bench: setup ## Measure arms side by side: ARGS='--arms vllm int4-lossless', MODEL=PATH_OR_HUB_NAME; see benchmarks/README.md
+bench: setup ## Measure arms side by side: ARGS='--arms default threshold', MODEL=PATH_OR_HUB_NAME; see benchmarks/README.md
 	@$(if $(MODEL),true,$(DOWNLOAD) $(LARGE_MODEL) $(DEMO_MODEL))
 	@$(IN_ENVIRONMENT) python -m benchmarks.run --model "$(BENCH_MODEL)" $(BENCH_DRAFT) $(ARGS)
 

@@ -360,7 +360,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config",
         type=json.loads,
-        default={"method": "sirius", "acceptance": "lossless"},
+        default={"method": "sirius"},
         metavar="JSON",
         help="default: %(default)s",
     )

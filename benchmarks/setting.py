@@ -17,7 +17,7 @@ from benchmarks.results import Result
 from vllm_sirius.config import MAX_KERNEL_SIZE
 from vllm_sirius.measuring.machine import describe_machine
 
-DEFAULT_ARMS = ("vllm", "vllm-compiled", "ngram", "default", "int4-lossless")
+DEFAULT_ARMS = ("vllm", "vllm-compiled", "ngram", "default", "threshold")
 POSITIONS = 128
 """The longest text of the engines is a multiple of this, vLLM's block size on CPU."""
 

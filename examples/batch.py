@@ -3,7 +3,7 @@ r"""Writes an input file for ``vllm run-batch``: `python examples/batch.py INPUT
 Then run::
 
     vllm run-batch -i INPUT.jsonl -o OUTPUT.jsonl --model .models/smollm2-135m-instruct \
-        --speculative-config '{"method": "sirius", "acceptance": "lossless"}' \
+        --speculative-config '{"method": "sirius"}' \
         --max-model-len 1024 --kv-cache-memory-bytes 1G
 
 The order of the answers is that of the requests.

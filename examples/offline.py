@@ -1,6 +1,6 @@
 """Sirius in the offline API: `python examples/offline.py [--enforce-eager] [MODEL]`.
 
-The model drafts for itself. The threshold rule is lossy; add ``"acceptance": "lossless"`` to keep the model's own output.
+The model drafts for itself; the output is its own.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     llm = LLM(
         model=given.model,
         enforce_eager=given.enforce_eager,
-        speculative_config={"method": "sirius", "kernel_size": 16, "acceptance": "lossless"},
+        speculative_config={"method": "sirius", "kernel_size": 16},
         max_model_len=1024,
         kv_cache_memory_bytes=1 << 30,  # on CPU vLLM would take most of the machine's memory
         disable_log_stats=False,  # for get_metrics

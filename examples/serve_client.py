@@ -5,7 +5,8 @@ Start the server first::
     vllm serve .models/smollm2-135m-instruct --speculative-model sirius --num-speculative-tokens 15 \
         --max-model-len 1024 --kv-cache-memory-bytes 1G
 
-``vllm_xargs`` carries the options of one request: ``sirius`` (on or off) and ``sirius_threshold``.
+``vllm_xargs`` carries the options of one request: ``sirius`` (on or off) and, where the server was started with
+``"acceptance": "threshold"``, ``sirius_threshold``.
 """
 
 import sys
@@ -15,7 +16,6 @@ from openai import OpenAI
 QUESTION = "Write a Python function that adds two numbers."
 REQUESTS = {
     "as the server was started": {},
-    "stricter": {"sirius_threshold": 0.5},
     "without Sirius": {"sirius": "off"},
 }
 

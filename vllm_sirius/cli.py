@@ -108,6 +108,12 @@ def _draft_name(config: SiriusConfig) -> str:
     return kept if config.draft_bits is None else f"{kept}, {config.draft_weights} {config.draft_weights_scope}"
 
 
+def _rule_name(config: SiriusConfig) -> str:
+    if config.lossless:
+        return "lossless: the output is the model's own"
+    return f"threshold {config.threshold:g}: lossy, see docs/acceptance.md"
+
+
 def _doctor(given: argparse.Namespace) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     if given.model is None:
@@ -154,6 +160,8 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
             "draft_density": draft,
             "bytes_per_weight": bytes_per_weight(config),
             "kernel_size": length,
+            "acceptance": config.acceptance,
+            "preset": config.preset,
             "ceiling_by_acceptance_rate": ceilings,
         }
         print(json.dumps(report, indent=2))
@@ -162,6 +170,7 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
     print(f"  gated FFNs                 {shape.num_ffns} of {shape.num_neurons} neurons")
     print(f"  weights read per step      {shape.step_bytes / 1e9:.2f} GB, {shape.ffn_share:.1%} of them FFN")
     print(f"  a draft step reads         {draft:.1%} of that ({_draft_name(as_on_this_platform(config))})")
+    print(f"  what of a draft is kept    {_rule_name(config)}")
     print(f"  ceiling of the speed-up at kernel size {length}, if a correction pass cost no more than one dense step:")
     for rate, ceiling in ceilings.items():
         print(

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_sirius.errors import SiriusConfigError
 
 SPARSITIES = ("auto", "coarse", "fine", "none")
-ACCEPTANCES = ("threshold", "lossless")
+ACCEPTANCES = ("lossless", "threshold")
 DRAFT_WEIGHTS = ("auto", "shared", "int8", "int4")
 DRAFT_WEIGHTS_SCOPES = ("ffn", "all")
 DRAFT_SAMPLINGS = ("greedy", "probabilistic")
@@ -28,8 +28,31 @@ MAX_KERNEL_SIZE = 128
 MAX_LOOKUP_TOKENS = 31
 """The draft's kernels take at most 32 tokens; one of them is no guess."""
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "kernel_size": 16,
+        "sparsity": "coarse",
+        "density": 0.5,
+        "refresh": False,
+        "draft_weights": "shared",
+        "acceptance": "threshold",
+        "threshold": 0.1,
+        "threshold_temperature": 0.6,
+        "adaptive": False,
+        "lookup_tokens": 0,
+    }
+}
+"""Knobs by the name that stands for them; what the user gives beside the name goes before them."""
+
 ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size")
 """Keys of a speculative config that are vLLM's own and may stand beside the knobs of Sirius."""
+
+
+COARSE_KNOBS = ("density", "refresh")
+"""Knobs that choose coarse sparsity where none is given."""
+
+THRESHOLD_KNOBS = ("threshold", "threshold_temperature")
+"""Knobs that choose the threshold rule where no acceptance rule is given."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +77,8 @@ class SiriusConfig:
         target_kernels: What runs the target's own dense linear layers on CPU: ``vllm`` its kernels, ``sirius`` a kernel for
             the few tokens of a correction pass, on the same bf16 weights in another order; ``auto`` takes the faster one,
             measured at start-up. On a GPU vLLM's run always.
-        acceptance: ``threshold`` is the paper's likelihood rule and changes the output distribution; ``lossless`` is
-            rejection sampling, whose output is distributed as the target's.
+        acceptance: ``lossless`` is rejection sampling, whose output is distributed as the target's; ``threshold`` is the
+            paper's likelihood rule and changes the output distribution.
         draft_sampling: How the draft picks its tokens for requests with a temperature. ``greedy`` takes its likeliest;
             ``probabilistic`` draws from its distribution, which lossless acceptance then corrects by standard rejection
             sampling. Greedy requests are drafted greedily either way.
@@ -69,6 +92,8 @@ class SiriusConfig:
             the request's own text. As many are taken as pay by measured cost; the draft stays the same and gets cheaper.
             0 looks nothing up. Model Runner V2 drafts token by token.
         tree_width: Draft branches per position. Only 1 for now.
+        preset: Name of the preset that the knobs come from, as far as they were not given, or ``None``. A label: its values
+            are put in by `from_options`.
     """
 
     kernel_size: int = 16
@@ -78,13 +103,14 @@ class SiriusConfig:
     draft_weights: str = "auto"
     draft_weights_scope: str = "all"
     target_kernels: str = "auto"
-    acceptance: str = "threshold"
+    acceptance: str = "lossless"
     draft_sampling: str = "greedy"
     threshold: float = 0.1
     threshold_temperature: float = 0.6
     adaptive: bool = True
     lookup_tokens: int = 7
     tree_width: int = 1
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         """Checks each value on its own, then the values against each other.
@@ -109,7 +135,7 @@ class SiriusConfig:
         if self.draft_sampling == "probabilistic" and not self.lossless:
             raise SiriusConfigError(
                 "draft_sampling='probabilistic' needs acceptance='lossless', which weighs a drawn token by its probability; "
-                "the threshold rule does not: add acceptance='lossless', or use draft_sampling='greedy'."
+                "the threshold rule does not: use acceptance='lossless' without a threshold, or draft_sampling='greedy'."
             )
         _require_number("threshold", self.threshold)
         _require_number("threshold_temperature", self.threshold_temperature)
@@ -169,9 +195,12 @@ class SiriusConfig:
     def from_options(cls, options: Mapping[str, Any]) -> SiriusConfig:
         """Builds the config from what a user wrote in the speculative config.
 
+        A knob that has a meaning only with one choice makes that choice where it was left open: ``density`` and ``refresh``
+        stand for coarse sparsity, ``threshold`` and ``threshold_temperature`` for the threshold rule.
+
         Args:
             options: Flat mapping of knobs, with or without vLLM's own keys `ENGINE_OPTIONS`. Dashes in keys count as
-                underscores.
+                underscores. ``preset`` stands for the knobs of `PRESETS`, which all others refine.
 
         Returns:
             The validated config.
@@ -193,14 +222,20 @@ class SiriusConfig:
                     f"kernel_size={kernel_size!r} and num_speculative_tokens={num_tokens!r} disagree: kernel_size is "
                     f"num_speculative_tokens + 1, so give one of them or kernel_size={num_tokens + 1}."
                 )
-        if given.get("sparsity", "auto") == "auto" and any(key in given for key in ("density", "refresh")):
-            given["sparsity"] = "coarse"
-        config = cls(**{key: given[key] for key in knobs if key in given})
+        if "preset" in given:
+            _require_choice("preset", given["preset"], tuple(PRESETS))
+        values = {**PRESETS.get(given.get("preset", ""), {}), **given}
+        if values.get("sparsity", "auto") == "auto" and any(key in values for key in COARSE_KNOBS):
+            values["sparsity"] = "coarse"
+        if any(key in given for key in THRESHOLD_KNOBS):
+            values.setdefault("acceptance", "threshold")
+        config = cls(**{key: values[key] for key in knobs if key in values})
         config._check_contradictions(given)
         return config
 
     def _check_contradictions(self, given: Mapping[str, Any]) -> None:
-        for key in ("threshold", "threshold_temperature"):
+        """Judges what the user wrote; values of a preset are only what is left where nothing was written."""
+        for key in THRESHOLD_KNOBS:
             if self.lossless and key in given:
                 raise SiriusConfigError(
                     f"{key}={given[key]!r} has no meaning with acceptance='lossless': drop it, or use "

@@ -29,8 +29,8 @@ from vllm_sirius.measuring.prompts import tokenize
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MODEL = ROOT / ".models" / "qwen2.5-coder-0.5b-instruct"
-ARMS = ("threshold", "lossless", "lossless-coarse", "threshold-coarse", "threshold-fine")
-"""Rule and, where it is not the default for this machine, sparsity."""
+ARMS = ("lossless", "threshold", "lossless-coarse", "threshold-coarse", "threshold-fine")
+"""Rule, lossless being the default, and sparsity where it is not the default for this machine."""
 DEFAULT_ARMS = ARMS[:3]
 WARM_UP_TOKENS = 32
 PAUSE_SECONDS = 0.3
@@ -88,12 +88,12 @@ def make_arms(given: argparse.Namespace) -> list[Arm]:
     arms = [Arm("vllm", "vLLM alone", {}, 1.0)]
     for key in given.arms:
         acceptance, _, sparsity = key.partition("-")
-        options = {"method": "sirius", "kernel_size": given.kernel_size, "acceptance": acceptance}
+        options = {"method": "sirius", "kernel_size": given.kernel_size}
         if sparsity:
             options |= {"sparsity": sparsity, "density": given.density}
         if acceptance == "threshold":
-            options["threshold"] = given.threshold
-        title = f"Sirius {acceptance}" + (f", {sparsity}" if sparsity else "")
+            options |= {"acceptance": acceptance, "threshold": given.threshold}
+        title = f"Sirius {acceptance}" + (f", {sparsity}" if sparsity else " (default)" if key == ARMS[0] else "")
         arms.append(Arm(key, title, options, inspect(given.model, options)["draft_density"]))
     return arms
 

@@ -56,8 +56,8 @@ def test_refresh_and_fine_sparsity_lengthen_acceptance(host):
 
 
 PARITY = [
-    pytest.param({}, id="coarse"),
-    pytest.param({"refresh": False}, id="coarse-as-in-the-paper", marks=pytest.mark.slow),
+    pytest.param({"refresh": True}, id="coarse"),
+    pytest.param({}, id="coarse-as-in-the-paper", marks=pytest.mark.slow),
     pytest.param({"sparsity": "fine", "density": 0.3}, id="fine", marks=pytest.mark.slow),
 ]
 
@@ -67,7 +67,7 @@ def test_acceptance_is_as_long_on_v2_as_on_v1(options):
     """Tokens per pass of one request at a time, counted alike on both: vLLM's counters differ between the runners."""
     prompts = chat_prompts(SMOL, "gsm8k", 2) + chat_prompts(SMOL, "humaneval", 1)
     sampling = {"max_tokens": 40, "ignore_eos": True}
-    sirius = {"method": "sirius", "kernel_size": KERNEL, "adaptive": False, "draft_weights": "shared", **options}
+    sirius = {"method": "sirius", "preset": "paper", **options}
     engine = {"model": model_path(SMOL), "max_num_seqs": 1, "speculative_config": sirius}
     lengths = {}
     for runner in RUNNERS:

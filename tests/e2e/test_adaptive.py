@@ -7,7 +7,7 @@ SAMPLING = {"max_tokens": 40, "ignore_eos": True}
 
 
 def engine(**options):
-    sirius = {"method": "sirius", "acceptance": "lossless", "kernel_size": 16, "density": 0.3, **options}
+    sirius = {"method": "sirius", "kernel_size": 16, "density": 0.3, **options}
     return {"model": model_path(SMOL), "max_model_len": 1024, "max_num_seqs": 4, "speculative_config": sirius}
 
 
@@ -50,7 +50,7 @@ def test_costs_are_measured_and_can_be_asked_for(host):
 
 
 def by_batch(**options):
-    sirius = {"method": "sirius", "acceptance": "lossless", "kernel_size": 8, "sparsity": "coarse", **options}
+    sirius = {"method": "sirius", "kernel_size": 8, "sparsity": "coarse", **options}
     return {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 2, "speculative_config": sirius}
 
 

@@ -7,7 +7,7 @@ from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
 
 PROMPTS = random_prompts(5, 17, 40)
 SAMPLING = {"max_tokens": 20, "ignore_eos": True}
-DEFAULT = {"method": "sirius", "acceptance": "lossless", "kernel_size": 5, "adaptive": False}
+DEFAULT = {"method": "sirius", "kernel_size": 5, "adaptive": False}
 COARSE = {**DEFAULT, "sparsity": "coarse"}
 FINE = {**DEFAULT, "sparsity": "fine", "density": 0.3}
 

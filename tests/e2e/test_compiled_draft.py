@@ -8,7 +8,6 @@ SAMPLING = {"max_tokens": 24, "ignore_eos": True}
 ENGINE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4}
 LOSSLESS = {
     "method": "sirius",
-    "acceptance": "lossless",
     "kernel_size": 8,
     "adaptive": False,
     "draft_weights": "shared",

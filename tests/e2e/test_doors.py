@@ -19,9 +19,10 @@ COMMON = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--
 MEMORY = ["--kv-cache-memory-bytes", str(128 << 20)]
 LEGACY = ["--speculative-model", "sirius", "--num-speculative-tokens", "7"]
 SHORT = ["--spec-method", "sirius", "--spec-tokens", "7"]
-JSON_OPTION = ["--speculative-config", '{"method": "sirius", "kernel_size": 8, "acceptance": "lossless"}']
-STARTED = "kernel size 8"
+PAPER = ["--speculative-config", '{"method": "sirius", "preset": "paper", "num_speculative_tokens": 7}']
+STARTED = "| kernel size 8, adaptive, lossless |"
 """In Sirius's start-up line."""
+STARTED_AS_IN_THE_PAPER = ", coarse density 0.5 | preset paper, kernel size 8, threshold 0.1 (lossy) |"
 
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -95,18 +96,27 @@ def test_flags_and_json_agree():
         ["--speculative-config.method", "sirius", "--speculative-config.kernel_size", "8"],
         ["--speculative-model", "sirius", "--speculative-config", '{"kernel_size": 8}'],
     ]
+    paper = [
+        PAPER,
+        ["--speculative-config.method", "sirius", "--speculative-config.preset", "paper", "--spec-tokens", "7"],
+        ["--spec-method", "sirius", "--speculative-config", '{"preset": "paper", "kernel_size": 8}'],
+    ]
     run = subprocess.run(
-        [sys.executable, "-c", PARSE, json.dumps(doors), model_path(SMOL)],
+        [sys.executable, "-c", PARSE, json.dumps(doors + paper), model_path(SMOL)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
         check=True,
     )
     found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("FOUND "))[6:])
-    assert len(found) == len(doors)
-    assert {tuple(one) for one in found} == {tuple(found[0])}
-    assert found[0][:2] == ["SiriusSpeculativeConfig", 7]
-    assert "kernel_size=8" in found[0][2]
+    assert len(found) == len(doors) + len(paper)
+    for agreeing, words in (
+        (found[: len(doors)], ["kernel_size=8", "acceptance='lossless'"]),
+        (found[len(doors) :], ["kernel_size=8", "acceptance='threshold'", "preset='paper'"]),
+    ):
+        assert {tuple(one) for one in agreeing} == {tuple(agreeing[0])}
+        assert agreeing[0][:2] == ["SiriusSpeculativeConfig", 7]
+        assert all(word in agreeing[0][2] for word in words), agreeing[0][2]
 
 
 ASYNC = """
@@ -215,10 +225,10 @@ def test_run_batch(tmp_path):
         model_path(SMOL),
         *COMMON,
         *MEMORY,
-        *JSON_OPTION,
+        *PAPER,
     )
     assert answers.is_file(), run.stderr[-3000:]
-    assert STARTED in run.stdout + run.stderr
+    assert STARTED_AS_IN_THE_PAPER in run.stdout + run.stderr
     found = {
         answer["custom_id"]: answer for answer in map(json.loads, answers.read_text(encoding="utf-8").splitlines())
     }
@@ -234,7 +244,13 @@ def test_a_bad_option_ends_serve_before_the_engine_starts():
     assert "Starting to load model" not in run.stderr + run.stdout
 
 
-@pytest.mark.parametrize(("arguments", "status", "words"), [((), 0, "supported"), (("--json",), 0, '"ffn_share"')])
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ((), 0, "lossless: the output is the model's own"),
+        (("--json", "--speculative-config", '{"preset": "paper"}'), 0, '"ffn_share"'),
+    ],
+)
 def test_doctor(arguments, status, words):
     command = [str(Path(sys.executable).with_name("vllm-sirius")), "doctor", model_path(SMOL), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -242,6 +258,7 @@ def test_doctor(arguments, status, words):
     assert words in run.stdout
     if "--json" in arguments:
         report = json.loads(run.stdout)
+        assert (report["preset"], report["acceptance"]) == ("paper", "threshold")
         # SmolLM2-135M: 30 layers of 3 x 576 x 1536 in FFNs, 135M parameters with a tied embedding of 49152 x 576.
         assert report["gated_ffns"] == 30
         assert report["ffn_share"] == pytest.approx(30 * 3 * 576 * 1536 / 134.5e6, rel=0.01)

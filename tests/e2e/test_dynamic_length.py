@@ -10,7 +10,7 @@ from support.tiny_models import build
 SAMPLING = {"max_tokens": 16, "ignore_eos": True}
 BASE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4}
 SCHEDULE = "num_speculative_tokens_per_batch_size"
-SIRIUS = {"method": "sirius", "acceptance": "lossless", "sparsity": "coarse", "kernel_size": 8, "adaptive": False}
+SIRIUS = {"method": "sirius", "sparsity": "coarse", "kernel_size": 8, "adaptive": False}
 
 
 def test_draft_length_follows_the_batch_size(host):

@@ -46,7 +46,7 @@ def test_batch(tmp_path):
     requests, answers = tmp_path / "input.jsonl", tmp_path / "output.jsonl"
     model = model_path(SMOL)
     assert "3 requests written" in run(sys.executable, EXAMPLES / "batch.py", requests, model)
-    sirius = json.dumps({"method": "sirius", "acceptance": "lossless"})
+    sirius = json.dumps({"method": "sirius"})
     engine = ["--model", model, "--speculative-config", sirius, "--max-model-len", "1024", *KV_CACHE, EAGER]
     run(VLLM, "run-batch", "-i", requests, "-o", answers, *engine)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
@@ -113,19 +113,19 @@ def counter(url, name):
 def test_serve_and_client(server_url):
     output = run(sys.executable, EXAMPLES / "serve_client.py", server_url)
     answers = re.split(r"^--- .*$", output, flags=re.MULTILINE)[1:]
-    assert len(answers) == 3
+    assert len(answers) == 2
     assert all(answer.strip() for answer in answers)
     assert counter(server_url, "vllm:spec_decode_num_drafts_total") > 0
 
 
 def test_demo(tmp_path):
     options = ["--model", model_path(SMOL), "--num-prompts", "2", "--max-tokens", "16", "--kernel-size", "4"]
-    options += ["--arms", "threshold", "threshold-coarse"]
+    options += ["--arms", "lossless", "threshold-coarse"]
     output = run(sys.executable, EXAMPLES / "demo" / "run.py", *options, "--output", tmp_path)
     assert "vLLM alone" in output
     assert (tmp_path / "demo.png").stat().st_size > 0
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert [arm["key"] for arm in report["arms"]] == ["vllm", "threshold", "threshold-coarse"]
+    assert [arm["key"] for arm in report["arms"]] == ["vllm", "lossless", "threshold-coarse"]
     for arm in report["arms"][1:]:
         assert 1.0 <= arm["acceptance_length"] <= 4.0
         assert arm["start_up_line"]

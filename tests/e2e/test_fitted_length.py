@@ -12,7 +12,6 @@ KV_BYTES_OF_A_BLOCK = 3 * 2 * 2 * 32 * 4 * BLOCK
 SIRIUS = {
     "method": "sirius",
     "kernel_size": 16,
-    "acceptance": "lossless",
     "adaptive": False,
     "sparsity": "coarse",
     "draft_weights": "shared",

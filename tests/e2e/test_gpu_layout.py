@@ -7,7 +7,7 @@ from support.tiny_models import build
 
 PROMPTS = random_prompts(5, 17)
 SAMPLING = {"max_tokens": 12, "ignore_eos": True}
-LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 4, "adaptive": False}
+LOSSLESS = {"method": "sirius", "kernel_size": 4, "adaptive": False}
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def dense(host, prompts):
 
 @pytest.mark.parametrize("sparsity", ["coarse", "fine"])
 def test_accepted_positions_hold_dense_kv_in_a_ragged_batch(host, prompts, dense, sparsity):
-    engine = sparse(acceptance="lossless", sparsity=sparsity)
+    engine = sparse(sparsity=sparsity)
     found = record(host, engine, prompts)
     assert found["token_ids"] == dense["token_ids"]
     assert found["steps"] < dense["steps"]

@@ -41,7 +41,7 @@ def test_threshold_of_zero_accepts_every_draft_of_other_models(host, name):
 
 @pytest.mark.parametrize("sparsity", ["coarse", "fine"])
 def test_density_of_one_accepts_every_draft(host, sparsity):
-    options = {"density": 1.0, "sparsity": sparsity, "acceptance": "lossless", "draft_weights": "shared"}
+    options = {"density": 1.0, "sparsity": sparsity, "draft_weights": "shared"}
     check_all_accepted(host, SMOL, options)
 
 
@@ -56,7 +56,7 @@ def test_threshold_above_one_equals_lossless(host):
 def test_threshold_changes_the_text_and_lengthens_acceptance(host):
     prompts, sampling = chat_prompts(SMOL, "gsm8k", 3), {"max_tokens": 33, "ignore_eos": True}
     reference = host.generate(engine(), prompts, sampling).token_ids
-    strict = host.generate(engine(options={"acceptance": "lossless"}), prompts, sampling)
+    strict = host.generate(engine(options={}), prompts, sampling)
     loose = host.generate(engine(options={"threshold": 0.05}), prompts, sampling)
     assert strict.token_ids == reference
     assert loose.token_ids != reference
@@ -71,9 +71,7 @@ def test_texts_that_end_around_the_longest_one(host, offset):
     longest = len(prompt) + 1 + 2 * KERNEL + offset
     sampling = {"max_tokens": 200, "ignore_eos": True}
     reference = host.generate(engine(max_model_len=longest), [prompt, prompt[:30]], sampling)
-    found = host.generate(
-        engine(options={"acceptance": "lossless"}, max_model_len=longest), [prompt, prompt[:30]], sampling
-    )
+    found = host.generate(engine(options={}, max_model_len=longest), [prompt, prompt[:30]], sampling)
     assert found.token_ids == reference.token_ids
     assert [len(tokens) for tokens in found.token_ids] == [longest - len(prompt), longest - 30]
     assert all(completion.finish_reason == "length" for completion in found.completions)
@@ -89,7 +87,7 @@ def test_passes_that_straddle_block_ends(host):
     assert len(prompts[-1]) == size + 1
     sampling = {"max_tokens": 2 * KERNEL, "ignore_eos": True}
     reference = host.generate(plain, prompts, sampling).token_ids
-    sparse = engine(options={"acceptance": "lossless"}, block_size=size)
+    sparse = engine(options={}, block_size=size)
     assert host.generate(sparse, prompts, sampling).token_ids == reference
 
 
@@ -113,11 +111,12 @@ def test_a_request_can_switch_sirius_off_and_set_its_threshold(host):
         {**common, "extra_args": {"sirius_threshold": 2}},
         {**common, "extra_args": {"sirius_threshold": "0"}},
     ]
-    found = host.generate(engine(options={}), prompts, sampling)
+    rule = engine(options={"acceptance": "threshold"})
+    found = host.generate(rule, prompts, sampling)
     assert found.token_ids[:2] == reference[:2]
     assert found.token_ids[2] != reference[2]
     assert found.num_accepted_tokens >= accepted_when_all_are(33)
-    alone = host.generate(engine(options={}), prompts[:1], sampling[:1])
+    alone = host.generate(rule, prompts[:1], sampling[:1])
     assert alone.num_accepted_tokens == 0
     assert alone.token_ids == reference[:1]
     if host.runner == "v1":
@@ -127,9 +126,9 @@ def test_a_request_can_switch_sirius_off_and_set_its_threshold(host):
 @pytest.mark.parametrize(
     ("options", "extra_args", "words"),
     [
-        ({}, {"sirius_threshold": "low"}, "sirius_threshold='low'"),
+        ({"acceptance": "threshold"}, {"sirius_threshold": "low"}, "sirius_threshold='low'"),
         ({}, {"sirius_temperature": 1}, "'sirius_temperature'"),
-        ({"acceptance": "lossless"}, {"sirius_threshold": 0.1}, "acceptance='lossless'"),
+        ({}, {"sirius_threshold": 0.1}, "acceptance='lossless'"),
     ],
     ids=["value", "name", "rule"],
 )
@@ -142,7 +141,7 @@ def test_a_bad_request_option_fails_that_request_alone(host, options, extra_args
 
 def test_a_slot_keeps_nothing_of_its_last_request(host):
     """With one slot, a request drafts as it did before another one had the slot. Without refresh nothing fades by itself."""
-    options = {"acceptance": "lossless", "density": 0.3, "refresh": False}
+    options = {"density": 0.3, "refresh": False}
     one, other = chat_prompts(SMOL, "gsm8k", 1), chat_prompts(SMOL, "humaneval", 1)
     sampling = {"max_tokens": 24, "ignore_eos": True}
     drafted = [
@@ -153,7 +152,7 @@ def test_a_slot_keeps_nothing_of_its_last_request(host):
 
 
 def test_statistics_are_freed_with_their_requests(host):
-    sparse = engine(options={"acceptance": "lossless"}, max_num_seqs=4)
+    sparse = engine(options={}, max_num_seqs=4)
     for _ in range(2):  # more requests than slots, one batch after the other
         host.generate(sparse, mixed_prompts(SMOL, 6), {"max_tokens": 9})
     report = host.probe(sparse, "support.probes:draft_report")

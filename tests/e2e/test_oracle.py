@@ -17,13 +17,7 @@ def check_matches_oracle(host, name, kernel_size, num_prompts):
         "model": model_path(name),
         "max_model_len": 1024,
         "max_num_seqs": 1,
-        "speculative_config": {
-            "method": "sirius",
-            "refresh": False,
-            "adaptive": False,
-            "draft_weights": "shared",
-            "kernel_size": kernel_size,
-        },
+        "speculative_config": {"method": "sirius", "preset": "paper", "kernel_size": kernel_size},
     }
     for prompt in prompts:
         expected = oracle.generate(

@@ -15,7 +15,7 @@ def test_engines_of_this_run_are_patched_and_unhooked(host):
     engine = {
         "model": model_path(SMOL),
         "max_num_seqs": 2,
-        "speculative_config": {"method": "sirius", "acceptance": "lossless", "kernel_size": 4, "adaptive": False},
+        "speculative_config": {"method": "sirius", "kernel_size": 4, "adaptive": False},
     }
     found = host.generate(engine, mixed_prompts(SMOL, 1), {"max_tokens": 6, "ignore_eos": True})
     assert found.num_accepted_tokens > 0

@@ -13,7 +13,7 @@ from support.runners import only_v1, v2_is_slow
 from support.tiny_models import build
 
 SIRIUS = {"method": "sirius", "sparsity": "coarse", "kernel_size": 8, "adaptive": False}
-LOSSLESS = {**SIRIUS, "acceptance": "lossless"}
+THRESHOLD_RULE = {**SIRIUS, "acceptance": "threshold"}
 BAD_WORDS = ["the", " the", " to"]
 SCHEMA = {
     "type": "object",
@@ -94,7 +94,7 @@ def plain(host, requests):
 @pytest.fixture(scope="module")
 def lossless(host, requests, plain):
     """Comes after everything that plain vLLM answers."""
-    return generate_all(host, engine(LOSSLESS), requests)
+    return generate_all(host, engine(SIRIUS), requests)
 
 
 def generate_all(host, options, requests):
@@ -171,19 +171,19 @@ def test_grammar(plain, lossless):
 @only_v1
 def test_seeded_sampling_of_a_real_model_is_token_identical(host, prompts):
     reference = host.generate(engine(), prompts, SEEDED).token_ids
-    found = host.generate(engine(LOSSLESS), prompts, SEEDED)
+    found = host.generate(engine(SIRIUS), prompts, SEEDED)
     assert found.token_ids == reference
     assert found.num_accepted_tokens > 0
 
 
 def test_logprobs_of_threshold_tokens_are_the_targets(host, prompts):
-    found = host.generate(engine(SIRIUS), prompts[:1], threshold(0.05, max_tokens=16, logprobs=1))
+    found = host.generate(engine(THRESHOLD_RULE), prompts[:1], threshold(0.05, max_tokens=16, logprobs=1))
     text, logprobs = found.token_ids[0], found.completions[0].logprobs
     assert logprobs is not None
     assert all(value <= 0 for value in logprobs)
     # The target's own continuations of the text's beginnings: a draft of nothing needs no plain engine.
     off = {"max_tokens": 1, "logprobs": 20, "extra_args": {"sirius": "off"}}
-    scored = host.generate(engine(SIRIUS), [prompts[0] + text[:i] for i in range(8)], off)
+    scored = host.generate(engine(THRESHOLD_RULE), [prompts[0] + text[:i] for i in range(8)], off)
     same = [i for i in range(8) if scored.token_ids[i][0] == text[i]]
     assert len(same) >= 4
     for i in same:
@@ -198,7 +198,7 @@ def test_accepting_everything_stays_within_what_a_request_allows(host, prompts, 
         threshold(0, max_tokens=30, bad_words=BAD_WORDS),
         threshold(0, max_tokens=30, min_tokens=20, stop_token_ids=[stop]),
     ]
-    found = host.generate(engine(SIRIUS), [prompts[0]] * 3, sampling)
+    found = host.generate(engine(THRESHOLD_RULE), [prompts[0]] * 3, sampling)
     assert set(json.loads(found.completions[0].text)) == {"name", "age"}
     assert " the " not in found.completions[1].text
     assert len(found.token_ids[2]) >= 20
@@ -207,7 +207,7 @@ def test_accepting_everything_stays_within_what_a_request_allows(host, prompts, 
 
 @pytest.mark.parametrize(
     "options",
-    [LOSSLESS, {**SIRIUS, "threshold": 2.0}, {**LOSSLESS, "sparsity": "fine", "density": 0.9}],
+    [SIRIUS, {**SIRIUS, "threshold": 2.0}, {**SIRIUS, "sparsity": "fine", "density": 0.9}],
     ids=["lossless", "threshold-above-one", "fine"],
 )
 def test_seeded_sampling_is_token_identical(host, tiny, options):
@@ -220,15 +220,15 @@ def test_seeded_sampling_is_token_identical(host, tiny, options):
 
 def test_unseeded_sampling_differs_from_request_to_request(host, tiny):
     sampling = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
-    found = host.generate(tiny(LOSSLESS), TINY_PROMPTS[:1] * 4, sampling).token_ids
+    found = host.generate(tiny(SIRIUS), TINY_PROMPTS[:1] * 4, sampling).token_ids
     assert len({tuple(text) for text in found}) == 4
 
 
 def test_a_seed_repeats_itself_under_the_threshold_rule(host, tiny):
     """In the same batch: its requests share one set of neurons, so the others have a say in what is drafted and accepted."""
     sampling = [{"max_tokens": 24, "temperature": 1.0, "seed": seed, "ignore_eos": True} for seed in (7, 8)]
-    once = host.generate(tiny(SIRIUS), TINY_PROMPTS[:1] * 2, sampling).token_ids
-    again = host.generate(tiny(SIRIUS), TINY_PROMPTS[:1] * 2, sampling).token_ids
+    once = host.generate(tiny(THRESHOLD_RULE), TINY_PROMPTS[:1] * 2, sampling).token_ids
+    again = host.generate(tiny(THRESHOLD_RULE), TINY_PROMPTS[:1] * 2, sampling).token_ids
     assert once == again
     assert once[0] != once[1]
 

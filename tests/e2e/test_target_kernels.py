@@ -6,7 +6,7 @@ from support.real_models import SMOL, mixed_prompts, model_path
 
 SAMPLING = {"max_tokens": 24, "ignore_eos": True, "logprobs": 0}
 ENGINE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4, "dtype": "bfloat16"}
-LOSSLESS = {"method": "sirius", "acceptance": "lossless", "kernel_size": 8, "adaptive": False, "draft_weights": "int8"}
+LOSSLESS = {"method": "sirius", "kernel_size": 8, "adaptive": False, "draft_weights": "int8"}
 
 
 def engine(kernels: str, **options) -> dict:

@@ -32,7 +32,7 @@ def fire_every_rule(model: str) -> dict[str, Any]:
 
     config = EngineArgs(model=model, speculative_config={"method": "sirius"}).create_engine_config()
     drawn = copy.copy(config.speculative_config)
-    drawn.sirius = dataclasses.replace(drawn.sirius, draft_sampling="probabilistic", acceptance="lossless")
+    drawn.sirius = dataclasses.replace(drawn.sirius, draft_sampling="probabilistic")
     assert _verdict(config, use_v2_model_runner=True, speculative_config=drawn) is None
     fired = {
         "drawn drafts": _verdict(config, use_v2_model_runner=False, speculative_config=drawn),

@@ -10,7 +10,6 @@ MAX_TOKENS = 24
 def sirius(**options):
     return {
         "method": "sirius",
-        "acceptance": "lossless",
         "kernel_size": 8,
         "adaptive": False,
         "draft_weights": "shared",

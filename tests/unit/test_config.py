@@ -17,14 +17,16 @@ def test_defaults_are_those_of_the_readme():
         draft_weights="auto",
         draft_weights_scope="all",
         target_kernels="auto",
-        acceptance="threshold",
+        acceptance="lossless",
         draft_sampling="greedy",
         threshold=0.1,
         threshold_temperature=0.6,
         adaptive=True,
         lookup_tokens=7,
         tree_width=1,
+        preset=None,
     )
+    assert config.lossless
     assert config.num_speculative_tokens == 15
 
 
@@ -51,6 +53,53 @@ def test_boundary_values_are_taken():
     ):
         config = SiriusConfig.from_options(options)
         assert all(getattr(config, key) == value for key, value in options.items())
+
+
+@pytest.mark.parametrize("knob", [{"threshold": 0.3}, {"threshold_temperature": 1.0}, {"threshold": 2}])
+def test_a_knob_of_the_threshold_rule_chooses_the_rule(knob):
+    config = SiriusConfig.from_options(knob)
+    assert config.acceptance == "threshold"
+    assert config == SiriusConfig.from_options({**knob, "acceptance": "threshold"})
+
+
+PAPER = {
+    "kernel_size": 16,
+    "sparsity": "coarse",
+    "density": 0.5,
+    "refresh": False,
+    "draft_weights": "shared",
+    "acceptance": "threshold",
+    "threshold": 0.1,
+    "threshold_temperature": 0.6,
+    "adaptive": False,
+    "lookup_tokens": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({}, {}),
+        ({"kernel_size": 8}, {"kernel_size": 8}),
+        ({"num_speculative_tokens": 9}, {"kernel_size": 10}),
+        ({"num-speculative-tokens": 9, "kernel-size": 10}, {"kernel_size": 10}),
+        ({"threshold": 0.05}, {"threshold": 0.05}),
+        ({"acceptance": "lossless"}, {"acceptance": "lossless"}),
+        ({"acceptance": "lossless", "draft_sampling": "probabilistic"}, {"acceptance": "lossless"}),
+        ({"sparsity": "fine"}, {"sparsity": "fine"}),
+        ({"sparsity": "auto"}, {"sparsity": "coarse"}),
+        ({"density": 0.3, "refresh": True}, {"density": 0.3, "refresh": True}),
+        ({"draft_weights": "int4", "draft_weights_scope": "ffn"}, {"draft_weights": "int4"}),
+        ({"draft_weights": "int4", "sparsity": "none"}, {"draft_weights": "int4", "sparsity": "none"}),
+        ({"adaptive": True, "lookup_tokens": 3}, {"adaptive": True, "lookup_tokens": 3}),
+    ],
+)
+def test_the_papers_preset_is_refined_by_what_is_given(given, changed):
+    config = SiriusConfig.from_options({"method": "sirius", "preset": "paper", **given})
+    assert {key: getattr(config, key) for key in PAPER} == {**PAPER, **changed}
+    assert config.preset == "paper"
+    # Nothing is left to the machine.
+    assert config.resolved(copies=True) == config.resolved(copies=False) == config
 
 
 REFUSED_OPTIONS = [
@@ -85,9 +134,22 @@ REFUSED_OPTIONS = [
         {"draft_weights": "shared", "draft_weights_scope": "all"},
         ["draft_weights_scope='all'", "draft_weights='shared'", "drop it"],
     ),
-    ({"acceptance": "strict"}, ["acceptance='strict'", "threshold, lossless"]),
+    ({"acceptance": "strict"}, ["acceptance='strict'", "lossless, threshold"]),
     ({"draft_sampling": "nucleus"}, ["draft_sampling='nucleus'", "greedy, probabilistic"]),
-    ({"draft_sampling": "probabilistic"}, ["draft_sampling='probabilistic'", "acceptance='lossless'", "'greedy'"]),
+    (
+        {"draft_sampling": "probabilistic", "acceptance": "threshold"},
+        ["draft_sampling='probabilistic'", "acceptance='lossless'", "'greedy'"],
+    ),
+    ({"draft_sampling": "probabilistic", "threshold": 0.2}, ["draft_sampling='probabilistic'", "without a threshold"]),
+    ({"draft_sampling": "probabilistic", "preset": "paper"}, ["draft_sampling='probabilistic'", "'lossless'"]),
+    ({"preset": "fast"}, ["preset='fast'", "not one of paper"]),
+    ({"preset": None}, ["preset=None", "not one of paper"]),
+    ({"preset": ["paper"]}, ["preset=['paper']", "not one of paper"]),
+    ({"presets": "paper"}, ["'presets'", "did you mean 'preset'"]),
+    ({"preset": "paper", "acceptance": "lossless", "threshold": 0.1}, ["threshold=0.1", "acceptance='lossless'"]),
+    ({"preset": "paper", "kernel_size": 8, "num_speculative_tokens": 8}, ["kernel_size=8", "kernel_size=9"]),
+    ({"preset": "paper", "sparsity": "none"}, ["sparsity='none'", "draft_weights='shared'"]),
+    ({"preset": "paper", "draft_weights_scope": "ffn"}, ["draft_weights_scope='ffn'", "draft_weights='shared'"]),
     ({"threshold": float("inf")}, ["threshold=inf", "finite number"]),
     ({"threshold": "low"}, ["threshold='low'", "finite number"]),
     ({"threshold": False}, ["threshold=False", "finite number"]),
@@ -121,7 +183,7 @@ def test_bad_option_is_refused_with_option_value_and_remedy(options, words):
 
 
 def test_request_may_switch_off_and_set_its_threshold():
-    config = SiriusConfig()
+    config = SiriusConfig(acceptance="threshold")
     assert parse_request_options(None, config) == RequestOptions(True, 0.1)
     assert parse_request_options({"other_plugin": 3}, config) == RequestOptions(True, 0.1)
     assert parse_request_options({"sirius": "off"}, config) == RequestOptions(False, 0.1)
@@ -142,13 +204,13 @@ REFUSED_REQUEST_OPTIONS = [
 @pytest.mark.parametrize(("extra_args", "words"), REFUSED_REQUEST_OPTIONS, ids=lambda value: str(value)[:60])
 def test_bad_request_option_is_refused(extra_args, words):
     with pytest.raises(SiriusConfigError) as refusal:
-        parse_request_options(extra_args, SiriusConfig())
+        parse_request_options(extra_args, SiriusConfig(acceptance="threshold"))
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
 
 
 def test_request_cannot_make_a_lossless_engine_lossy():
     with pytest.raises(SiriusConfigError, match=r"sirius_threshold=0\.1.*acceptance='lossless'"):
-        parse_request_options({"sirius_threshold": 0.1}, SiriusConfig(acceptance="lossless"))
+        parse_request_options({"sirius_threshold": 0.1}, SiriusConfig())
 
 
 @pytest.mark.parametrize(

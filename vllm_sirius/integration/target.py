@@ -190,14 +190,16 @@ def _announce(
     what = "all neurons" if config.sparsity == "none" else f"{config.sparsity} density {config.density:g}{refreshed}"
     if config.draft_bits is not None:
         what += f", {config.draft_weights} {config.draft_weights_scope}"
+    preset = "" if config.preset is None else f"preset {config.preset}, "
     kept = shape.draft_density(config)
     logger.info(
-        "Sirius: %d gated FFNs of %d neurons, %s | kernel size %d%s, %s | extra memory %.1f MiB | FFN is "
+        "Sirius: %d gated FFNs of %d neurons, %s | %skernel size %d%s, %s | extra memory %.1f MiB | FFN is "
         "%.0f%% of a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
         "self-test: draft differs from target by %.1f%%",
         shape.num_ffns,
         shape.num_neurons,
         what,
+        preset,
         config.kernel_size,
         ", adaptive" if adaptive else "",
         rule,
