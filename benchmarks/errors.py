@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from vllm_sirius.errors import SiriusError
+
 
 class BenchmarkError(Exception):
     """A failure that the user can act on; its text is the whole message."""
@@ -18,7 +20,7 @@ def exit_status(program: Callable[[], int]) -> int:
         program: The program; returns its own exit status.
 
     Returns:
-        The status: 1 after a `BenchmarkError`, 130 after an interruption.
+        The status: 1 after a `BenchmarkError` or one of Sirius's errors, 130 after an interruption.
 
     Raises:
         SystemExit: With status 143 if the process is told to end; engines and servers are ended first.
@@ -26,7 +28,7 @@ def exit_status(program: Callable[[], int]) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return program()
-    except BenchmarkError as error:
+    except (BenchmarkError, SiriusError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

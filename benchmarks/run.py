@@ -29,9 +29,6 @@ WARM_UP_TOKENS = 32
 PAUSE_SECONDS = 0.3
 """Between two turns: OpenMP threads of the engine that ran last keep a core busy for up to 0.2 s."""
 
-COSTS = "sirius_costs"
-"""Method of Sirius's worker that measures its own steps."""
-
 Scorer = Callable[[Sequence[Prompt], Answers], list[bool]]
 
 
@@ -120,10 +117,7 @@ def describe(arm: Configuration, engine: Engine, costs: bool) -> dict[str, Any]:
         costs: Whether an engine of Sirius measures its own steps.
 
     Returns:
-        Start-up line, extra memory and, for Sirius, the measured seconds of its steps.
-
-    Raises:
-        EngineError: If the engine stopped.
+        Start-up line, extra memory and, for Sirius, the measured seconds of its steps, or why there are none.
     """
     line = engine.start_up_line()
     report: dict[str, Any] = {
@@ -131,7 +125,12 @@ def describe(arm: Configuration, engine: Engine, costs: bool) -> dict[str, Any]:
         "extra_memory_bytes": inspection.extra_memory_bytes(arm, line),
     }
     if costs and arm.sirius is not None:
-        report["costs"] = engine.call(COSTS)
+        try:
+            report["costs"] = engine.costs()
+        except EngineError as error:
+            # The arm can be measured all the same.
+            say(f"  {arm.name}: no costs of single steps, {error}")
+            report["costs_missing"] = str(error).partition(" (its log")[0]
     return report
 
 

@@ -21,6 +21,7 @@ import report
 from prompts import WARM_UP_QUESTION, Prompt, collect_prompts
 from report import Arm
 
+from vllm_sirius.errors import SiriusError
 from vllm_sirius.measuring import memory
 from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
 from vllm_sirius.measuring.engine import Engine, EngineError
@@ -329,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         run(parse_arguments(arguments))
-    except DemoError as error:
+    except (DemoError, SiriusError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -48,6 +48,11 @@ def test_drafts_share_the_targets_memory_and_lose_nothing_v2(gpu_host, tmp_path_
     assert report["kernel_feeds_statistics"]
     assert report["draft_calls"] > 0
     assert report["energy"] > 0 or sparsity == "fine"
+    costs = gpu_host.probe(sparse, "support.probes:measured_costs")
+    assert {"1", "2"} <= costs["draft_seconds"].keys() & costs["target_seconds"].keys()
+    assert all(seconds > 0 for curve in costs.values() for seconds in curve.values())
+    # What was run for the clock alone is nobody's text.
+    assert gpu_host.probe(sparse, "support.plain_layout:layout_report")["energy"] == report["energy"]
 
 
 def test_the_kernels_accept_what_the_masked_draft_accepts_v2(gpu_host, tmp_path_factory):

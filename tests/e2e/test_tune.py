@@ -8,16 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.engine_host import runner_environment
+from support.prompts import random_prompts
 from support.real_models import OWN_QUESTIONS, SMOL, model_path
 from support.tiny_models import build
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.measuring.engine import Engine, EngineError
 from vllm_sirius.tuning.grid import DRAFTS, RULES
+from vllm_sirius.tuning.inspection import Inspection
+from vllm_sirius.tuning.measure import measure_draft, steps_of_a_draft
 from vllm_sirius.tuning.options import TuningOptions
+from vllm_sirius.tuning.progress import Progress
 from vllm_sirius.tuning.run import tune
+from vllm_sirius.tuning.setting import Setting
 
 COMMAND = str(Path(sys.executable).with_name("vllm-sirius"))
 MAX_KERNEL_SIZE = 8
@@ -79,6 +87,46 @@ def check_settings(winner, file, text):
     if file.exists():
         assert json.loads(file.read_text()) == winner["speculative_config"]
     assert f"measured {winner['measured_ratio']:.2f}x" in text
+
+
+def test_a_draft_is_measured_on_model_runner_v2(tmp_path, monkeypatch):
+    """Costs, counts and predictions of one draft, and no reason against it."""
+    for name, value in runner_environment("v2").items():
+        monkeypatch.setenv(name, value)
+    options = TuningOptions("tiny", prompts=tmp_path / "none.txt", max_tokens=8, max_kernel_size=3)
+    engine = {
+        "model": str(build("llama", tmp_path)),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_seqs": 1,
+        "kv_cache_memory_bytes": 256 << 20,
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+    }
+    setting = Setting(options, Inspection("cpu", "float32", "", 64, 1, 1, 0.5), "none", [random_prompts(9)], engine, 1)
+    with Progress(steps_of_a_draft(setting)) as progress:
+        found = measure_draft(setting, DRAFTS[0], tmp_path / "log", progress)
+    assert found.refused == ""
+    assert found.costs is not None
+    assert found.costs.draft_cost(1) > 0.0
+    for rule in RULES:
+        assert found.counts[rule].num_drafts > 0
+        assert [prediction.kernel_size for prediction in found.predictions[rule]] == [2, 3]
+
+
+def test_an_engine_without_sirius_says_why_it_has_no_costs(tmp_path):
+    """The engine goes on, for its arm can be measured all the same; the reason is told."""
+    options = {"model": str(build("llama", tmp_path)), "enforce_eager": True, "max_model_len": 64}
+    with closing(
+        Engine({**options, "kv_cache_memory_bytes": 64 << 20, "disable_log_stats": False}, tmp_path / "log")
+    ) as engine:
+        with pytest.raises(EngineError, match="its steps cannot be timed: the engine runs without Sirius"):
+            engine.costs()
+        assert engine.generate(random_prompts(5), 2).num_tokens == 2
+    with pytest.raises(EngineError, match=r"max_model_len|maximum") as caught:
+        Engine({**options, "max_model_len": 1 << 20}, tmp_path / "second-log")
+    assert "validation error" not in str(caught.value)  # the reason, not pydantic's heading
 
 
 def test_a_model_that_cannot_be_served(prompts, tmp_path):

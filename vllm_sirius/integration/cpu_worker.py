@@ -10,7 +10,7 @@ from vllm_sirius.integration import native
 from vllm_sirius.integration.hook_engine import install
 from vllm_sirius.integration.installed_hooks import worker_hooks
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
-from vllm_sirius.integration.measure_costs import announce
+from vllm_sirius.integration.measure_costs import announce, costs_of_worker
 
 
 class SiriusCPUWorker(cpu_worker.CPUWorker):
@@ -37,8 +37,7 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
 
     def sirius_costs(self) -> dict[str, dict[str, float]]:
         """Measured costs, for `LLM.collective_rpc`: ``draft_seconds`` by rows and ``target_seconds`` by tokens."""
-        costs: dict[str, dict[str, float]] = self.model_runner.measure_costs().as_dict()
-        return costs
+        return costs_of_worker(self)
 
     def _runner_of_sirius(self) -> tuple[Any, type]:
         """The module whose global names the runner, and the class to put there."""

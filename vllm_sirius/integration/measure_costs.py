@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,8 @@ from vllm.logger import init_logger
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.integration.device_clock import seconds_of
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.metrics import predicted_speedup
 
@@ -27,13 +28,14 @@ REPEATS = 2
 
 
 @torch.inference_mode()
-def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any) -> StepCosts:
+def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any, device: torch.device) -> StepCosts:
     """Times passes without KV pages; what attention, sampling and scheduling add is learnt while the engine runs.
 
     Args:
         model: The target.
         draft: The draft.
         vllm_config: The engine's config.
+        device: Where the model runs.
 
     Returns:
         The costs.
@@ -56,9 +58,30 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any) -> Step
     most_tokens = min(most_rows * config.kernel_size, scheduler.max_num_batched_tokens)
     most_fed = most_rows * (1 + config.lookup_tokens)
     return StepCosts(
-        draft={rows: _seconds(draft_step, rows) for rows in DRAFT_ROWS if rows <= most_fed},
-        target={tokens: _seconds(target_pass, tokens) for tokens in TARGET_TOKENS if tokens <= most_tokens},
+        draft={rows: _seconds(draft_step, rows, device) for rows in DRAFT_ROWS if rows <= most_fed},
+        target={tokens: _seconds(target_pass, tokens, device) for tokens in TARGET_TOKENS if tokens <= most_tokens},
     )
+
+
+def costs_of_worker(worker: Any) -> dict[str, dict[str, float]]:
+    """What passes cost in an engine, on either model runner: `LLM.collective_rpc` takes this function.
+
+    Args:
+        worker: Upstream's worker or Sirius's.
+
+    Returns:
+        ``draft_seconds`` by rows and ``target_seconds`` by tokens.
+
+    Raises:
+        SiriusUnsupportedError: If the engine runs without Sirius.
+    """
+    runner = worker.model_runner
+    # Model Runner V2 has its drafts in a speculator, V1 in the runner itself.
+    source = getattr(runner, "speculator", None) or runner
+    if not hasattr(source, "measure_costs"):
+        raise SiriusUnsupportedError("the engine runs without Sirius, whose costs were asked for")
+    costs: dict[str, dict[str, float]] = source.measure_costs().as_dict()
+    return costs
 
 
 def announce(costs: StepCosts, config: SiriusConfig) -> None:
@@ -93,12 +116,8 @@ def announce(costs: StepCosts, config: SiriusConfig) -> None:
         )
 
 
-def _seconds(run: Callable[[torch.Tensor, torch.Tensor], None], size: int) -> float:
-    token_ids, positions = torch.zeros(size, dtype=torch.int32), torch.arange(size, dtype=torch.int64)
+def _seconds(run: Callable[[torch.Tensor, torch.Tensor], None], size: int, device: torch.device) -> float:
+    token_ids = torch.zeros(size, dtype=torch.int32, device=device)
+    positions = torch.arange(size, dtype=torch.int64, device=device)
     run(token_ids, positions)
-    fastest = float("inf")
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        run(token_ids, positions)
-        fastest = min(fastest, time.perf_counter() - started)
-    return fastest
+    return min(seconds_of(lambda: run(token_ids, positions), device) for _ in range(REPEATS))

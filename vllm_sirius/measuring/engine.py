@@ -113,19 +113,17 @@ class Engine:
         command = {"prompts": [list(prompt) for prompt in prompts], "sampling": params}
         return Answers(**self._ask(command, GENERATE_SECONDS))
 
-    def call(self, method: str) -> Any:
-        """Calls a method of the engine's worker that takes no arguments.
-
-        Args:
-            method: Its name.
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Lets an engine of Sirius time its own steps.
 
         Returns:
-            What it returned; JSON.
+            ``draft_seconds`` by rows and ``target_seconds`` by tokens.
 
         Raises:
-            EngineError: If the engine stopped.
+            EngineError: If it cannot; it still answers prompts.
         """
-        return self._ask({"call": method}, GENERATE_SECONDS)["result"]
+        costs: dict[str, dict[str, float]] = self._ask({"costs": True}, GENERATE_SECONDS)["costs"]
+        return costs
 
     def start_up_line(self) -> str:
         """What Sirius said when the engine started; empty without Sirius."""
@@ -210,8 +208,8 @@ def _answers() -> Iterator[dict[str, Any]]:
     yield {}
     for line in sys.stdin:
         command = json.loads(line)
-        if "call" in command:
-            yield {"result": llm.collective_rpc(command["call"])[0]}
+        if "costs" in command:
+            yield _costs(llm)
             continue
         prompts = [{"prompt_token_ids": token_ids} for token_ids in command["prompts"]]
         params = [SamplingParams(**sampling) for sampling in command["sampling"]]
@@ -222,6 +220,15 @@ def _answers() -> Iterator[dict[str, Any]]:
         counts = read_counts(llm.get_metrics()).since(before)
         token_ids = [list(output.outputs[0].token_ids) for output in outputs]
         yield {"token_ids": token_ids, "seconds": seconds, **vars(counts)}
+
+
+def _costs(llm: Any) -> dict[str, Any]:
+    from vllm_sirius.integration.measure_costs import costs_of_worker
+
+    try:
+        return {"costs": llm.collective_rpc(costs_of_worker)[0]}
+    except Exception as error:  # noqa: BLE001 - the asking process decides what a missing measurement means
+        return {"error": f"its steps cannot be timed: {one_line(error)}"}
 
 
 if __name__ == "__main__":

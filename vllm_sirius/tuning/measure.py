@@ -23,9 +23,6 @@ WARM_UP_TOKENS = 32
 PAUSE_SECONDS = 0.3
 """Between two engines' turns: OpenMP threads of the one that ran last keep cores busy for up to 0.2 s."""
 
-COSTS_METHOD = "sirius_costs"
-"""Method of the worker that times single steps."""
-
 THRESHOLDS = {"lossless": ABOVE_EVERY_LIKELIHOOD, "threshold": THRESHOLD}
 """Request threshold by rule: an engine has one rule, a request its own threshold, so one engine shows both."""
 
@@ -110,7 +107,7 @@ def measure_draft(setting: Setting, draft: Draft, log: Path, progress: Progress)
             measured.start_up_line = engine.start_up_line()
             progress.step()
             progress.doing(f"{draft.title}: costs")
-            measured.costs = StepCosts.from_report(engine.call(COSTS_METHOD))
+            measured.costs = StepCosts.from_report(engine.costs())
             progress.step()
             for rule in RULES:
                 progress.doing(f"{draft.title}: {rule}")

@@ -113,7 +113,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
     def measure_costs(self) -> StepCosts:
         """What passes cost on this machine: measured at the first call, then followed while the engine runs."""
         if self._costs is None:
-            self._costs = measure_costs(self.model, self.draft_model, self.vllm_config)
+            self._costs = measure_costs(self.model, self.draft_model, self.vllm_config, torch.device("cpu"))
             if self.sirius.adaptive:
                 self.drafter.policy = DraftPolicy(self._costs)
             if self.sirius.lookup_tokens:

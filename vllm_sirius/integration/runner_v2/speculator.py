@@ -21,11 +21,13 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
+from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.drafting.device_batch import DraftBatch, DraftTable
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.load_plain import read_target
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
+from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.runner_v2.model_state import mix_into
 from vllm_sirius.integration.runner_v2.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.runner_v2.request_state import SiriusRequestState
@@ -157,6 +159,13 @@ class SiriusSpeculator(DraftModelSpeculator):
             progress_bar_desc="Capturing Sirius draft CUDA graphs",
         )
         self._batch.step.zero_()
+
+    def measure_costs(self) -> StepCosts:
+        """What passes cost, on request: this runner's drafts adapt by what whole steps take, and need no such measurement."""
+        if self.ffns.statistics is not None:
+            # The passes belong to no request, so nothing of them may be counted.
+            self.ffns.statistics.begin_step([])
+        return measure_costs(self.model, self._draft, self.vllm_config, self.device)
 
     @torch.inference_mode()
     def propose(
