@@ -7,7 +7,6 @@ write in ``--speculative-config`` and is the only place where an option is judge
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -43,6 +42,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 """Knobs by the name that stands for them; what the user gives beside the name goes before them."""
+
+FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
+FLOAT32_MIN = 2.0**-126
+"""Largest number of single precision, and the smallest above 0 that keeps its precision."""
 
 ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size")
 """Keys of a speculative config that are vLLM's own and may stand beside the knobs of Sirius."""
@@ -139,10 +142,10 @@ class SiriusConfig:
             )
         _require_number("threshold", self.threshold)
         _require_number("threshold_temperature", self.threshold_temperature)
-        if self.threshold_temperature <= 0.0:
+        if self.threshold_temperature < FLOAT32_MIN:
             raise SiriusConfigError(
-                f"threshold_temperature={self.threshold_temperature!r} is not above 0: use 0.6, the value of the paper's "
-                "code, or 1.0 for the plain likelihood."
+                f"threshold_temperature={self.threshold_temperature!r} is not above 0 in single precision: use 0.6, the value "
+                "of the paper's code, or 1.0 for the plain likelihood."
             )
         _require_bool("adaptive", self.adaptive)
         _require_int("lookup_tokens", self.lookup_tokens, 0, MAX_LOOKUP_TOKENS)
@@ -270,9 +273,16 @@ def _require_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise SiriusConfigError(f"{name}={value!r} is not a whole number {bounds}: choose one.")
 
 
+def fits_float32(number: float) -> bool:
+    """Whether a number is finite in single precision, in which tensors keep it."""
+    return abs(number) <= FLOAT32_MAX  # False for NaN
+
+
 def _require_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SiriusConfigError(f"{name}={value!r} is not a finite number: give one, for example 0.5.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits_float32(value):
+        raise SiriusConfigError(
+            f"{name}={value!r} is not a finite number of single precision (up to 3.4e38): give one, for example 0.5."
+        )
 
 
 def _require_bool(name: str, value: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sirius.config import SiriusConfig
+from vllm_sirius.config import SiriusConfig, fits_float32
 from vllm_sirius.errors import SiriusConfigError
 
 ENABLED_KEY = "sirius"
@@ -33,7 +32,7 @@ def parse_request_options(extra_args: Mapping[str, Any] | None, config: SiriusCo
 
     Args:
         extra_args: `SamplingParams.extra_args` of the request. ``sirius`` switches drafting on or off for it
-            (true/false, on/off, 1/0; the HTTP API carries strings and numbers only), ``sirius_threshold`` is its threshold.
+            (on/off, true/false, 1/0; the HTTP API carries strings and numbers only), ``sirius_threshold`` is its threshold.
         config: The engine's config, which gives the defaults.
 
     Returns:
@@ -42,7 +41,7 @@ def parse_request_options(extra_args: Mapping[str, Any] | None, config: SiriusCo
     Raises:
         SiriusConfigError: On an unknown ``sirius*`` key, a bad value, or a threshold given to a lossless engine.
     """
-    given = {key: value for key, value in (extra_args or {}).items() if key.startswith(ENABLED_KEY)}
+    given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith(ENABLED_KEY)}
     unknown = sorted(set(given) - {ENABLED_KEY, THRESHOLD_KEY})
     if unknown:
         raise SiriusConfigError(
@@ -64,20 +63,30 @@ def parse_request_options(extra_args: Mapping[str, Any] | None, config: SiriusCo
 def _parse_switch(value: Any) -> bool:
     switch = _SWITCH.get(str(value).lower())
     if switch is None:
-        raise SiriusConfigError(f"{ENABLED_KEY}={value!r} is not a switch: use true or false.")
+        raise SiriusConfigError(f"{ENABLED_KEY}={value!r} is not a switch: use on or off.")
     return switch
 
 
 def _parse_threshold(value: Any) -> float:
-    text = (
-        f"{THRESHOLD_KEY}={value!r} is not a finite number: give a likelihood such as 0.1, or more than 1 for lossless."
-    )
-    if isinstance(value, bool):
-        raise SiriusConfigError(text)
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise SiriusConfigError(text) from error
-    if not math.isfinite(number):
-        raise SiriusConfigError(text)
+    """A number, or the text of one: clients of the HTTP API send both."""
+    if isinstance(value, bool) or (type(value) is int and value in (0, 1)):
+        # vLLM's HTTP API hands `true` and `false` over as 1 and 0, and 0 accepts every draft.
+        raise SiriusConfigError(
+            f"{THRESHOLD_KEY}={value!r} may be true or false, which is no threshold: write the number as 0.0 or 1.0."
+        )
+    number = _number(value)
+    if number is None or not fits_float32(number):
+        raise SiriusConfigError(
+            f"{THRESHOLD_KEY}={value!r} is not a finite number of single precision (up to 3.4e38): give a likelihood such "
+            "as 0.1, or more than 1 for lossless."
+        )
     return number
+
+
+def _number(value: Any) -> float | None:
+    if not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

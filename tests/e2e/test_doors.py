@@ -198,6 +198,13 @@ def test_bench_serve(tmp_path):
 
 
 def test_run_batch(tmp_path):
+    asked = [
+        ({"sirius": "off"}, 200, None),
+        ({"sirius": "on", "sirius_threshold": "0.5"}, 200, None),
+        ({"sirius": "perhaps"}, 400, "sirius='perhaps'"),
+        ({"sirius_threshold": 1e39}, 400, "sirius_threshold=1e+39"),
+        ({"sirius_threshold": False}, 400, "sirius_threshold=0 may be true or false"),
+    ]
     requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     lines = [
         {
@@ -212,7 +219,7 @@ def test_run_batch(tmp_path):
                 "vllm_xargs": xargs,
             },
         }
-        for i, xargs in enumerate(({"sirius": "off"}, {"sirius": "on"}, {"sirius": "perhaps"}))
+        for i, (xargs, _, _) in enumerate(asked)
     ]
     requests.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     run = vllm(
@@ -232,9 +239,13 @@ def test_run_batch(tmp_path):
     found = {
         answer["custom_id"]: answer for answer in map(json.loads, answers.read_text(encoding="utf-8").splitlines())
     }
-    assert [found[f"request-{i}"]["response"]["status_code"] for i in range(3)] == [200, 200, 400]
-    assert found["request-0"]["response"]["body"]["choices"][0]["message"]["content"]
-    assert "sirius='perhaps'" in json.dumps(found["request-2"])
+    for i, (_, status, words) in enumerate(asked):
+        answer = found[f"request-{i}"]
+        assert answer["response"]["status_code"] == status, answer
+        if words is None:
+            assert answer["response"]["body"]["choices"][0]["message"]["content"]
+        else:
+            assert words in json.dumps(answer)
 
 
 def test_a_bad_option_ends_serve_before_the_engine_starts():

@@ -194,9 +194,9 @@ def test_accepting_everything_stays_within_what_a_request_allows(host, prompts, 
     """Threshold 0 accepts all that grammar, bad words and a least length leave."""
     stop = greedy[0][3]
     sampling = [
-        threshold(0, **GRAMMAR),
-        threshold(0, max_tokens=30, bad_words=BAD_WORDS),
-        threshold(0, max_tokens=30, min_tokens=20, stop_token_ids=[stop]),
+        threshold(0.0, **GRAMMAR),
+        threshold(0.0, max_tokens=30, bad_words=BAD_WORDS),
+        threshold(0.0, max_tokens=30, min_tokens=20, stop_token_ids=[stop]),
     ]
     found = host.generate(engine(THRESHOLD_RULE), [prompts[0]] * 3, sampling)
     assert set(json.loads(found.completions[0].text)) == {"name", "age"}

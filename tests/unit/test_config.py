@@ -152,6 +152,11 @@ REFUSED_OPTIONS = [
     ({"preset": "paper", "draft_weights_scope": "ffn"}, ["draft_weights_scope='ffn'", "draft_weights='shared'"]),
     ({"threshold": float("inf")}, ["threshold=inf", "finite number"]),
     ({"threshold": "low"}, ["threshold='low'", "finite number"]),
+    ({"threshold": 1e39}, ["threshold=1e+39", "3.4e38"]),
+    ({"threshold": 10**400}, ["threshold=1000", "3.4e38"]),
+    ({"threshold_temperature": 1e39}, ["threshold_temperature=1e+39", "3.4e38"]),
+    ({"threshold_temperature": float("nan")}, ["threshold_temperature=nan", "finite number"]),
+    ({"threshold_temperature": 1e-46}, ["threshold_temperature=1e-46", "0.6"]),
     ({"threshold": False}, ["threshold=False", "finite number"]),
     ({"threshold_temperature": 0}, ["threshold_temperature=0", "0.6"]),
     ({"threshold_temperature": -1.0}, ["threshold_temperature=-1.0", "0.6"]),
@@ -192,7 +197,7 @@ def test_request_may_switch_off_and_set_its_threshold():
 
 
 REFUSED_REQUEST_OPTIONS = [
-    ({"sirius": "maybe"}, ["sirius='maybe'", "true or false"]),
+    ({"sirius": "maybe"}, ["sirius='maybe'", "on or off"]),
     ({"sirius_threshold": "low"}, ["sirius_threshold='low'", "0.1"]),
     ({"sirius_threshold": float("nan")}, ["sirius_threshold=nan"]),
     ({"sirius_threshold": True}, ["sirius_threshold=True"]),

@@ -42,6 +42,15 @@ def check_sampling_params(params: Any, speculative_config: Any) -> None:
         parse_request_options(params.extra_args, config)
     except SiriusConfigError as error:
         raise VLLMValidationError(str(error), parameter="extra_args") from error
+    if params.logprob_token_ids:
+        # vLLM looks these tokens up for the plain sampler alone. Switching Sirius off for the request does not help: where
+        # a neighbour in the batch has drafts, all rows go through the rejection sampler.
+        raise VLLMValidationError(
+            f"logprob_token_ids={params.logprob_token_ids!r}: vLLM returns no log probabilities of given tokens where it "
+            "verifies drafts. Drop the option and ask for logprobs=N, the N likeliest tokens, or send the request to an "
+            "engine without Sirius.",
+            parameter="logprob_token_ids",
+        )
 
 
 HOOKS = (

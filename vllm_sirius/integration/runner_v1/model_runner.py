@@ -62,12 +62,6 @@ class SiriusCPUModelRunner(CPUModelRunner):
         self.drafter.begin_step(scheduler_output, self.requests, self.input_batch.req_ids)
         return corrections
 
-    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
-        """A step in which nobody drafted is sampled plainly; upstream's top-k fails on an empty batch of drafts."""
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            spec_decode_metadata = None
-        return super()._sample(logits, spec_decode_metadata)
-
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Always: a request near the longest text drafts less, instead of stopping the drafts of the whole batch."""
         return common_attn_metadata is not None

@@ -179,6 +179,9 @@ class SiriusProposer:
         emitted = num_tokens - request.num_prompt_tokens
         remaining = request.max_tokens - emitted if request.max_tokens is not None else self.max_model_len
         length = max_useful_draft_tokens(num_spec_tokens, num_tokens - 1, remaining, self.max_model_len)
+        if emitted < request.min_tokens:
+            # Upstream rules the end of the text out for the token after a draft by the length before the draft.
+            length = min(length, request.min_tokens - emitted - 1)
         if length == 0:
             return None
         return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids, text)

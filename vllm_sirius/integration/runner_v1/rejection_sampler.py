@@ -43,11 +43,26 @@ class SiriusRejectionSampler(RejectionSampler):
 
     def forward(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
         """As upstream, with `rejection_sample` as the rule."""
+        if not any(metadata.num_draft_tokens):
+            return self._sample_without_drafts(metadata, logits, sampling_metadata)
         noise = self._noise = _DraftNoise(sampling_metadata.generators, metadata.num_draft_tokens)
         with acceptance_rule(self.rejection_sample):
             output = super().forward(metadata, draft_probs, logits, sampling_metadata)
         assert self._noise is None, "upstream's sampler did not ask for the rule"
         noise.give_back(output.sampled_token_ids)
+        return output
+
+    def _sample_without_drafts(self, metadata: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+        """A step in which no row has a draft: what upstream's `forward` does but for the rule, which has nothing to judge.
+
+        Upstream's top-k fails there: it asks for the largest k of no rows. The calls are upstream's own, in its order and
+        with its flags, because states such as a thinking budget follow them.
+        """
+        output = self.sampler(
+            logits=logits[metadata.bonus_logits_indices], sampling_metadata=sampling_metadata, predict_bonus_token=True
+        )
+        no_rows = logits[metadata.target_logits_indices].to(torch.float32)
+        self.apply_logits_processors(no_rows, sampling_metadata, metadata)
         return output
 
     def rejection_sample(

@@ -20,6 +20,7 @@ class SiriusRequest:
         greedy: Whether it decodes greedily.
         end_token_ids: Tokens the draft never proposes; empty where the request ignores the end of text.
         max_tokens: Most tokens it may emit, or ``None``.
+        min_tokens: Tokens it must emit before it may end.
         acceptance: How its drafts fare, or ``None`` where lengths do not adapt.
         slot: Its row in the neuron statistics, or ``None``.
         num_prompt_tokens: Length of its prompt.
@@ -32,6 +33,7 @@ class SiriusRequest:
     greedy: bool
     end_token_ids: frozenset[int]
     max_tokens: int | None
+    min_tokens: int
     acceptance: RequestAcceptance | None
     slot: int | None
     num_prompt_tokens: int
@@ -68,6 +70,7 @@ def make_request(
         greedy=sampling_params.temperature == 0.0,
         end_token_ids=frozenset(ends),
         max_tokens=sampling_params.max_tokens,
+        min_tokens=sampling_params.min_tokens,
         acceptance=acceptance,
         slot=slot,
         num_prompt_tokens=num_prompt_tokens,
