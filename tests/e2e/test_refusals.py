@@ -7,6 +7,7 @@ SIRIUS = {"method": "sirius"}
 
 REFUSED_SETUPS = [
     ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "--tensor-parallel-size"]),
+    ({"tensor_parallel_size": 3}, ["tensor_parallel_size=3 on CPU", "its own clock", "tensor_parallel_size=1"]),
     ({"enable_lora": True}, ["enable_lora", "merge the adapter"]),
     ({"runner": "pooling"}, ["runner=pooling", "text generation only"]),
     (

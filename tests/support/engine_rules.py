@@ -41,6 +41,7 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         "recurrent": _verdict(config, model_config__has_inner_state=True),
         "mrope": _verdict(config, model_config__uses_mrope=True),
         "quantization": _verdict(config, model_config__quantization="fp8"),
+        "tensor": _verdict(config, parallel_config__tensor_parallel_size=2),
         "pipeline": _verdict(config, parallel_config__pipeline_parallel_size=2),
         "context": _verdict(config, parallel_config__decode_context_parallel_size=2),
         "dbo": _verdict(config, parallel_config__enable_dbo=True),
@@ -71,7 +72,7 @@ def _fire_rules_of_the_platform(config: Any) -> dict[str, str | None]:
         engine_support.is_uva_available = lambda: False
         offload = _offload(gigabytes=1.0)
         fired["offload without uva"] = _verdict(config, use_v2_model_runner=True, offload_config=offload)
-        good_gpu = _verdict(config, use_v2_model_runner=True)
+        good_gpu = _verdict(config, use_v2_model_runner=True, parallel_config__tensor_parallel_size=2)
         rounded = copy.copy(config.speculative_config)
         for knobs in ({"draft_weights": "int8"}, {"sparsity": "none"}):
             rounded.sirius = dataclasses.replace(config.speculative_config.sirius, **knobs)

@@ -96,7 +96,19 @@ RULES: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.parallel_config.pipeline_parallel_size > 1 and c.parallel_config.pipeline_parallel_size,
-        "pipeline_parallel_size={value}: the draft needs all layers on one rank; use --tensor-parallel-size instead.",
+        "pipeline_parallel_size={value}: the draft needs all layers on one rank; use 1, or on a GPU --tensor-parallel-size.",
+    ),
+    (
+        lambda c: (
+            current_platform.is_cpu()
+            and c.parallel_config.tensor_parallel_size > 1
+            and c.parallel_config.tensor_parallel_size
+        ),
+        (
+            "tensor_parallel_size={value} on CPU: each rank would decide by its own clock how far to draft, and wait for ever "
+            "where another decides otherwise. Ranks that agree come later; use tensor_parallel_size=1, or drop the speculative "
+            "config."
+        ),
     ),
     (
         lambda c: c.parallel_config.decode_context_parallel_size > 1 and c.parallel_config.decode_context_parallel_size,
