@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a command in the project's virtual environment with the settings vLLM's CPU build needs to be fast:
-#   examples/setup/run_in_environment.sh vllm serve MODEL
+#   examples/setup/run_in_environment.sh vllm serve MODEL --max-model-len 4096 --kv-cache-memory-bytes 1G
 # VENV names another environment. Settings that the user has made are kept.
 set -euo pipefail
 

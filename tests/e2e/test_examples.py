@@ -1,4 +1,4 @@
-"""The examples run as a reader would run them, on SmolLM2."""
+"""The examples, and the programs and commands of the README, run as a reader would run them, on SmolLM2."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 from support.real_models import ROOT, SMOL, model_path
+from support.snippets import readme_command, readme_program
 
 EXAMPLES = ROOT / "examples"
 VLLM = Path(sys.executable).with_name("vllm")
 TIMEOUT = 600
 SERVER_START_SECONDS = 300
 KV_CACHE = ["--kv-cache-memory-bytes", "256M"]
+"""Less than the README names; the last one counts."""
 EAGER = "--enforce-eager"
 """Compiling takes minutes, and `test_compiled_draft` covers it."""
 
@@ -42,39 +44,48 @@ def test_offline():
     assert int(found[2]) > 0
 
 
+def test_the_offline_program_of_the_readme(tmp_path):
+    """As a script, which is what its guard is for."""
+    program = readme_program("LLM(")
+    model = re.search(r'model="([^"]+)"', program)
+    assert model
+    script = tmp_path / "offline.py"
+    # Compiling takes minutes.
+    script.write_text(program.replace(model[0], f'model="{model_path(SMOL)}", enforce_eager=True'))
+    assert run(sys.executable, script).strip()
+
+
 def test_batch(tmp_path):
+    """With the requests of the example and the command of the README."""
     requests, answers = tmp_path / "input.jsonl", tmp_path / "output.jsonl"
     model = model_path(SMOL)
     assert "3 requests written" in run(sys.executable, EXAMPLES / "batch.py", requests, model)
-    sirius = json.dumps({"method": "sirius"})
-    engine = ["--model", model, "--speculative-config", sirius, "--max-model-len", "1024", *KV_CACHE, EAGER]
-    run(VLLM, "run-batch", "-i", requests, "-o", answers, *engine)
+    places = {"input.jsonl": str(requests), "output.jsonl": str(answers), "MODEL": model, "vllm": str(VLLM)}
+    run(*readme_command("vllm run-batch", **places), *KV_CACHE, EAGER)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert sorted(line["custom_id"] for line in lines) == ["question-0", "question-1", "question-2"]
     for line in lines:
         assert line["response"]["body"]["choices"][0]["message"]["content"].strip()
 
 
-@pytest.fixture
-def server_url(tmp_path):
-    """A server with the legacy flags on a free port of the loopback interface."""
+@pytest.mark.slow
+def test_the_latency_benchmark_of_the_readme():
+    command = readme_command("vllm bench latency", MODEL=model_path(SMOL), vllm=str(VLLM))
+    sizes = ["--input-len", "16", "--output-len", "8", "--num-iters-warmup", "1", "--num-iters", "1"]
+    assert "Avg latency" in run(*command, *sizes, *KV_CACHE, EAGER)
+
+
+@pytest.fixture(scope="module")
+def server_url(tmp_path_factory):
+    """A server as the README starts it, on a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = [
-        "--speculative-model",
-        "sirius",
-        "--num-speculative-tokens",
-        "15",
-        "--max-model-len",
-        "1024",
-        *KV_CACHE,
-        EAGER,
-    ]
-    log = tmp_path / "server.log"
+    command = readme_command("vllm serve MODEL --speculative-model", MODEL=model_path(SMOL), vllm=str(VLLM))
+    log = tmp_path_factory.mktemp("server") / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [VLLM, "serve", model_path(SMOL), *flags, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, *KV_CACHE, EAGER, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
@@ -116,6 +127,27 @@ def test_serve_and_client(server_url):
     assert len(answers) == 2
     assert all(answer.strip() for answer in answers)
     assert counter(server_url, "vllm:spec_decode_num_drafts_total") > 0
+
+
+def test_the_client_of_the_readme(server_url, tmp_path):
+    program = readme_program("OpenAI(").replace("http://127.0.0.1:8000", server_url)
+    script = tmp_path / "client.py"
+    script.write_text(
+        program.replace('"MODEL"', f'"{model_path(SMOL)}"') + "print(answer.choices[0].message.content)\n"
+    )
+    assert run(sys.executable, script).strip()
+
+
+def test_the_server_benchmark_of_the_readme(server_url, tmp_path):
+    talk = [
+        {"value": "What is the capital of France?"},
+        {"value": "The capital of France is Paris, a city on the Seine."},
+    ]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"conversations": talk}] * 2))
+    command = readme_command("vllm bench serve", MODEL=model_path(SMOL), FILE=str(prompts), vllm=str(VLLM))
+    output = run(*command, "--base-url", server_url, "--num-prompts", "2")
+    assert re.search(r"Successful requests:\s+2", output)
 
 
 def test_demo(tmp_path):

@@ -155,7 +155,8 @@ def format_verdict(verdict: Verdict, options: TuningOptions) -> str:
     )
     if verdict.pays:
         return text + (
-            f"  Written to {file}. Serve with: vllm serve {options.model} --speculative-config \"$(cat '{file}')\""
+            f"  Written to {file}. Serve with: vllm serve {options.model} --speculative-config \"$(cat '{file}')\" "
+            "--max-model-len 4096 --kv-cache-memory-bytes 1G (the KV cache; else vLLM's CPU build takes most of the memory)"
         )
     if verdict.ratio < 1.0:
         text += "  This is slower than vLLM alone, so no file is written: do not use Sirius with this rule here."

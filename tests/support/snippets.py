@@ -1,0 +1,34 @@
+"""The commands and programs that the documentation shows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from support.real_models import ROOT
+
+README = ROOT / "README.md"
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    """Code of one language in a Markdown file."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Command lines, continued ones joined, without comments."""
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [line.partition(" #")[0].strip() for line in lines if line.strip()]
+
+
+def readme_command(start: str, **places: str) -> list[str]:
+    """The words of the only command in README that starts so, with other words for its placeholders."""
+    (found,) = [line for block in code_blocks(README, "bash") for line in commands(block) if line.startswith(start)]
+    return [places.get(word, word) for word in shlex.split(found)]
+
+
+def readme_program(words: str) -> str:
+    """The only Python program in README with these words in it."""
+    (found,) = [block for block in code_blocks(README, "python") if words in block]
+    return found
