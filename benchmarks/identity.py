@@ -167,7 +167,6 @@ def engine_options(given: argparse.Namespace, longest: int, mode: str) -> dict[s
         "max_model_len": -(-room // setting.POSITIONS) * setting.POSITIONS,
         "max_num_seqs": max(given.batch),
         "kv_cache_memory_bytes": given.kv_cache_memory_bytes,
-        "enable_prefix_caching": False,
         "disable_log_stats": False,
         "enforce_eager": mode == "eager",
     }

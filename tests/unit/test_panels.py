@@ -1,11 +1,10 @@
-"""The kernel of the target's linear layers computes what its PyTorch twin computes, and is chosen by measurement."""
+"""The kernel of the target's linear layers computes what its PyTorch twin computes, and is chosen by the processor."""
 
 from __future__ import annotations
 
 import os
 import random
 import shutil
-import time
 
 import pytest
 import torch
@@ -120,39 +119,22 @@ def test_kernel_refuses_what_does_not_fit(inputs, bias, message):
         panel_linear(inputs, Panels.pack(torch.zeros(4, 8).bfloat16()).weights, 4, bias)
 
 
-@needs_kernel
-def test_the_faster_kernel_is_chosen():
-    def make(seconds: float):
-        def upstream(weight: torch.Tensor) -> choice.Linear:
-            assert weight.shape == (64, 32)
-            assert weight.dtype == torch.bfloat16
-            return lambda inputs: time.sleep(seconds) or inputs
-
-        return upstream
-
-    slower = choice.choose_by_measurement(64, 32, 8, make(0.05))
-    assert slower.panels
-    assert "for 8 tokens" in slower.reason
-    faster = choice.choose_by_measurement(2048, 4096, 40, lambda weight: lambda inputs: inputs)
-    assert not faster.panels
-    assert "for 16 tokens" in faster.reason
+def test_the_processor_decides_which_kernel_runs(monkeypatch):
+    """Not a measurement: the two kernels round differently, and answers must not depend on how busy a start was."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert choice.choose_by_processor() == choice.TargetKernels(False, "the processor has AMX, which they use")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choice.choose_by_processor().panels
 
 
 @needs_kernel
-@pytest.mark.parametrize(("slow", "chosen"), [(Products.FLOATS, Products.PAIRS), (Products.PAIRS, Products.FLOATS)])
-def test_the_faster_way_to_multiply_is_chosen(monkeypatch, slow, chosen):
-    if Products.PAIRS not in available_products():
-        assert kernel.faster_products.__wrapped__() == Products.FLOATS
-        return
-    run = kernel._call
-
-    def delayed(*arguments):
-        run(*arguments)
-        if arguments[4] == slow:
-            time.sleep(0.002)
-
-    monkeypatch.setattr(kernel, "_call", delayed)
-    assert kernel.faster_products.__wrapped__() == chosen
+def test_the_maker_of_the_processor_decides_how_it_multiplies(monkeypatch):
+    chosen = {}
+    for prefers_pairs in (True, False):
+        monkeypatch.setattr(kernel, "prefers_pairs", lambda answer=prefers_pairs: answer)
+        chosen[prefers_pairs] = kernel.default_products.__wrapped__()
+    has_pairs = Products.PAIRS in available_products()
+    assert chosen == {True: Products.PAIRS if has_pairs else Products.FLOATS, False: Products.FLOATS}
 
 
 def test_reasons_against_the_kernel(monkeypatch):

@@ -188,7 +188,7 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         _check_low_bit(config, kernels)
         bits = config.draft_bits
         shape = measure_shape(model, ffns)
-        target_kernels.append(choose_target_kernels(vllm_config, config, ffns))
+        target_kernels.append(choose_target_kernels(vllm_config, config))
         record_target_kernels(vllm_config, target_kernels[0].panels)
         if target_kernels[0].panels:
             _want_panels(model)

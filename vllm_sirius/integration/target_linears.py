@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.correction.choice import Linear, TargetKernels, choose_by_measurement, why_no_panels
+from vllm_sirius.correction.choice import TargetKernels, choose_by_processor, why_no_panels
 from vllm_sirius.correction.panels import Panels
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.ffn.kernels.cpu.panel_linear import panel_linear
-from vllm_sirius.ffn.locate import GatedFFN
 
 
 @torch.library.custom_op("vllm_sirius::panel_linear", mutates_args=())
@@ -33,13 +31,12 @@ def _(inputs: torch.Tensor, weights: torch.Tensor, num_outputs: int, bias: torch
     return inputs.new_empty(*inputs.shape[:-1], num_outputs)
 
 
-def choose_target_kernels(vllm_config: Any, config: SiriusConfig, ffns: list[GatedFFN]) -> TargetKernels:
+def choose_target_kernels(vllm_config: Any, config: SiriusConfig) -> TargetKernels:
     """Decides what runs the target's linear layers.
 
     Args:
         vllm_config: The engine's config.
         config: The knobs.
-        ffns: The target's FFNs, before their weights load.
 
     Returns:
         The choice.
@@ -56,8 +53,7 @@ def choose_target_kernels(vllm_config: Any, config: SiriusConfig, ffns: list[Gat
         return TargetKernels(False, reason)
     if config.target_kernels == "sirius":
         return TargetKernels(True, "target_kernels='sirius'")
-    largest = max(ffns, key=lambda ffn: ffn.num_neurons)
-    return choose_by_measurement(2 * largest.num_neurons, largest.hidden_size, config.kernel_size, _upstream_linear)
+    return choose_by_processor()
 
 
 def use_panels(layer: Any, keep_weight: bool = False) -> None:
@@ -82,10 +78,3 @@ def use_panels(layer: Any, keep_weight: bool = False) -> None:
         return panel_linear(inputs, weights, num_outputs, bias)
 
     layer.cpu_linear = linear
-
-
-def _upstream_linear(weight: torch.Tensor) -> Linear:
-    layer: Any = nn.Module()
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-    return lambda inputs: layer.cpu_linear(inputs, layer.weight, None)

@@ -15,9 +15,11 @@ from vllm_sirius.drafting.policy import DraftPolicy
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.load_packed import load_target
 from vllm_sirius.integration.measure_costs import measure_costs
+from vllm_sirius.integration.runner_v1.attention import make_repeatable
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
+from vllm_sirius.integration.runner_v1.seeded_draws import place_generators
 from vllm_sirius.integration.speculative_config import METHOD, sirius_config
 from vllm_sirius.integration.target import make_draft
 
@@ -60,7 +62,24 @@ class SiriusCPUModelRunner(CPUModelRunner):
     def _update_states(self, scheduler_output: Any) -> Any:
         corrections = super()._update_states(scheduler_output)
         self.drafter.begin_step(scheduler_output, self.requests, self.input_batch.req_ids)
+        place_generators(self.input_batch.generators, self.input_batch.req_ids, self.requests)
         return corrections
+
+    def initialize_metadata_builders(self, kv_cache_config: Any, kernel_block_sizes: list[int]) -> None:
+        """As upstream; then attention no longer depends on what a token shares its pass with."""
+        super().initialize_metadata_builders(kv_cache_config, kernel_block_sizes)
+        make_repeatable(self.attn_groups)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, which winds generators back where a sample is thrown away, in a way that generators of a CPU lack.
+
+        Ours are put in place before each step (`seeded_draws`), so upstream is shown none.
+        """
+        generators, self.input_batch.generators = self.input_batch.generators, {}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators = generators
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Always: a request near the longest text drafts less, instead of stopping the drafts of the whole batch."""

@@ -9,13 +9,13 @@ import torch
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from vllm_sirius.acceptance import (
-    PLACEHOLDER_TOKEN_ID,
     accept_by_threshold,
     accept_own_choice,
     emit_tokens,
 )
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.integration.runner_v1.rejection_sample import acceptance_rule, assert_rule_is_in_force
+from vllm_sirius.integration.runner_v1.seeded_draws import draw_seeds
 
 
 class SiriusRejectionSampler(RejectionSampler):
@@ -23,8 +23,8 @@ class SiriusRejectionSampler(RejectionSampler):
 
     Grammar masks, penalties, bad words, minimum length, temperature, top-k, top-p and logprobs stay upstream's: the rules
     judge the logits that they have already shaped. The target's own choice at each position is drawn as upstream's plain
-    sampler draws it, one number of the request's generator per emitted token, so a lossless seeded request gives the same
-    tokens as without speculation.
+    sampler draws it, by the number of the request's generator that belongs to the position (`seeded_draws`), so a lossless
+    seeded request gives the same tokens as without speculation.
 
     Args:
         upstream: The sampler the runner was built with, whose place this one takes.
@@ -38,18 +38,18 @@ class SiriusRejectionSampler(RejectionSampler):
         super().__init__(upstream.sampler, speculative_config, torch.device("cpu"))
         self._config: SiriusConfig = speculative_config.sirius
         self._thresholds = thresholds
-        self._noise: _DraftNoise | None = None
+        self._seeds: torch.Tensor | None = None
         assert_rule_is_in_force()
 
     def forward(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
         """As upstream, with `rejection_sample` as the rule."""
         if not any(metadata.num_draft_tokens):
             return self._sample_without_drafts(metadata, logits, sampling_metadata)
-        noise = self._noise = _DraftNoise(sampling_metadata.generators, metadata.num_draft_tokens)
+        # Before upstream draws the bonus token's.
+        self._seeds = _draft_seeds(sampling_metadata.generators, metadata.num_draft_tokens)
         with acceptance_rule(self.rejection_sample):
             output = super().forward(metadata, draft_probs, logits, sampling_metadata)
-        assert self._noise is None, "upstream's sampler did not ask for the rule"
-        noise.give_back(output.sampled_token_ids)
+        assert self._seeds is None, "upstream's sampler did not ask for the rule"
         return output
 
     def _sample_without_drafts(self, metadata: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
@@ -82,13 +82,13 @@ class SiriusRejectionSampler(RejectionSampler):
         The hooks of `rejection_sample` put it in that function's place; a vLLM with the source patches calls it as the
         method that it is.
         """
-        noise, self._noise = self._noise, None
-        assert noise is not None
+        seeds, self._seeds = self._seeds, None
+        assert seeds is not None
         counts = torch.tensor(num_draft_tokens)
         greedy = _greedy_rows(sampling_metadata, len(num_draft_tokens))
         own = target_logits.argmax(dim=-1)
         if not bool(greedy.all()):
-            sampled = torch.ops._C.fused_gumbel_argmax(target_logits.float(), noise.seeds).view(-1)
+            sampled = torch.ops._C.fused_gumbel_argmax(target_logits.float(), seeds).view(-1)
             own = torch.where(greedy.repeat_interleave(counts), own, sampled)
         if self._config.lossless:
             accepted = accept_own_choice(draft_token_ids, own)
@@ -101,45 +101,20 @@ class SiriusRejectionSampler(RejectionSampler):
         return emit_tokens(draft_token_ids, own, accepted, counts, bonus_token_ids.view(-1), max_spec_len)
 
 
-class _DraftNoise:
-    """Seeds of the target's own choices at the drafted positions, in the order plain decoding would draw them.
+def _draft_seeds(generators: Mapping[int, torch.Generator], num_draft_tokens: Sequence[int]) -> torch.Tensor:
+    """Seeds of the target's own choices at the drafted positions, in the order in which plain decoding would draw them.
 
-    Making it moves each request's generator to where the bonus token is drawn; `give_back` then moves it to where plain
-    decoding would be after the tokens that were emitted.
+    A request's generator is then at the draw of its bonus token.
 
     Args:
-        generators: Generators of the seeded requests by row.
+        generators: Generators of the seeded requests by row, each at the draw of the first drafted position.
         num_draft_tokens: Drafts of each row.
 
-    Attributes:
-        seeds: ``int64 [N]``, one for each drafted position.
+    Returns:
+        ``int64 [N]``, one for each drafted position.
     """
-
-    def __init__(self, generators: Mapping[int, torch.Generator], num_draft_tokens: Sequence[int]) -> None:
-        self._generators = {row: g for row, g in generators.items() if row < len(num_draft_tokens)}
-        self._states = {row: generator.get_state() for row, generator in self._generators.items()}
-        seeds: list[torch.Tensor] = []
-        for row, count in enumerate(num_draft_tokens):
-            generator = self._generators.get(row)
-            seeds.extend(_draw(generator) for _ in range(count))
-        self.seeds = torch.cat(seeds) if seeds else torch.empty(0, dtype=torch.long)
-
-    def give_back(self, emitted: torch.Tensor) -> None:
-        """Takes back the draws of rejected positions.
-
-        Args:
-            emitted: Tokens of each row, filled up with placeholders, ``int [B, most drafts + 1]``.
-        """
-        counts = (emitted != PLACEHOLDER_TOKEN_ID).sum(dim=1).tolist()
-        for row, generator in self._generators.items():
-            generator.set_state(self._states[row])
-            for _ in range(counts[row]):
-                _draw(generator)
-
-
-def _draw(generator: torch.Generator | None) -> torch.Tensor:
-    """One seed, as upstream's CPU sampler draws it for one token."""
-    return torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+    seeds = [draw_seeds(generators.get(row), count) for row, count in enumerate(num_draft_tokens)]
+    return torch.cat(seeds) if seeds else torch.empty(0, dtype=torch.long)
 
 
 def _greedy_rows(sampling_metadata: Any, num_requests: int) -> torch.Tensor:
