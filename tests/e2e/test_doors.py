@@ -273,3 +273,25 @@ def test_doctor(arguments, status, words):
         # SmolLM2-135M: 30 layers of 3 x 576 x 1536 in FFNs, 135M parameters with a tied embedding of 49152 x 576.
         assert report["gated_ffns"] == 30
         assert report["ffn_share"] == pytest.approx(30 * 3 * 576 * 1536 / 134.5e6, rel=0.01)
+
+
+@pytest.mark.parametrize("command", [("doctor",), ("tune", "--prompts", "prompts.txt")], ids=["doctor", "tune"])
+def test_what_vllm_says_against_a_model_becomes_one_line(tmp_path, command):
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    program = str(Path(sys.executable).with_name("vllm-sirius"))
+    run = subprocess.run(
+        [program, command[0], str(tmp_path), *command[1:]],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "CRITICAL"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert "Traceback" not in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"error: vLLM cannot serve {tmp_path}: ")
+    assert "model type `nonsense`" in last

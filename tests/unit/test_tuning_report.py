@@ -30,7 +30,7 @@ from vllm_sirius.tuning.report import (
     recommend,
     write_files,
 )
-from vllm_sirius.tuning.run import choose_winners, what_is_lost
+from vllm_sirius.tuning.run import _write_files, choose_winners, what_is_lost
 from vllm_sirius.tuning.setting import Setting
 
 COSTS = {
@@ -203,6 +203,13 @@ def test_the_user_learns_which_prompts_are_used_and_why(setting):
     assert "2 of 6 prompts (mine.txt)" in more.conditions
     assert "--num-prompts=3 takes the first 3 of 6 prompts" in more.why_these_prompts
     assert "--batch=2 leaves out the last 1 of 3, which fill no batch" in more.why_these_prompts
+
+
+def test_a_file_that_cannot_be_written_takes_no_result_with_it(findings, tmp_path):
+    (tmp_path / "out-lossless.json").mkdir()
+    with pytest.raises(TuningError, match=r"a file cannot be written .*out-lossless") as caught:
+        _write_files(findings)
+    assert format_findings(findings) in str(caught.value)
 
 
 def test_report_holds_everything(findings, tmp_path):

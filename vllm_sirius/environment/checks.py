@@ -33,7 +33,7 @@ def examine() -> list[Finding]:
     if installed_version(CPU_BUILD) is not None:
         findings += [check_name(), *check_breaking_packages()]
     findings.append(check_compilers())
-    if installed_version(CPU_BUILD) is not None:
+    if installed_version(CPU_BUILD) is not None or "cpu" in (installed_version(NAME) or ""):
         findings += check_variables()
     if vllm.state == "ok":
         findings.append(check_loading())

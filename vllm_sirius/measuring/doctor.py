@@ -33,6 +33,7 @@ def ask_doctor(model: str, knobs: Mapping[str, Any], dtype: str) -> dict[str, An
     found = subprocess.run(
         [*command, "--speculative-config", json.dumps(knobs)],
         env=variables,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,

@@ -55,7 +55,9 @@ def inspect(options: TuningOptions) -> Inspection:
     engine = {"model": options.model, "dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     variables = child_environment(VLLM_LOGGING_STREAM="ext://sys.stderr", VLLM_LOGGING_LEVEL="ERROR")
     command = python_command(__name__, json.dumps(engine))
-    found = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if found.returncode != 0:
         lines = [line.strip() for line in found.stderr.splitlines() if line.strip()]
         reason = lines[-1] if lines else f"looking at it ended with exit status {found.returncode}"

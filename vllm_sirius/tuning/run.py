@@ -47,10 +47,20 @@ def tune(options: TuningOptions, grid: Sequence[Draft] = DRAFTS) -> str:
     try:
         with _log_folder(findings) as folder:
             _measure(findings, drafts, folder)
-        write_files(findings)
+        _write_files(findings)
     except KeyboardInterrupt as stop:
         raise TuningInterrupted(what_is_lost(findings, len(drafts))) from stop
     return format_findings(findings)
+
+
+def _write_files(findings: Findings) -> None:
+    try:
+        write_files(findings)
+    except OSError as error:
+        # Measuring took long: what was found must not be lost with the file.
+        raise TuningError(
+            f"a file cannot be written ({error}). What was found:\n\n{format_findings(findings)}"
+        ) from error
 
 
 def what_is_lost(findings: Findings, num_drafts: int) -> str:
