@@ -28,8 +28,9 @@ V1_SLOW = (
 )
 """Models with the parts of others that `make test` runs; these are for `make test-all`."""
 
-V2_GATED = ("llama", "mistral_sliding", "gemma2", "gemma3n", "smollm3_geglu", "minicpm_fatrelu")
-"""On Model Runner V2 one model for each way in which they differ there: sliding windows, layers that share K/V, GeGLU, masks."""
+V2_GATED = ("llama", "mistral_sliding", "gemma2", "gemma3n", "gemma4_kv_heads", "smollm3_geglu", "minicpm_fatrelu")
+"""On Model Runner V2 one model for each way in which they differ there: sliding windows, layers that share K/V, layers of
+different K/V, GeGLU, masks."""
 V2_REFUSED = ("opt", "mamba2", "mixtral")
 
 
@@ -50,13 +51,18 @@ def on_runners(names, v2_names):
     return pytest.mark.parametrize(("host", "name"), [*map(on_v1, names), *map(on_v2, v2_names)], indirect=["host"])
 
 
+ENGINE_OPTIONS = {"gemma4_kv_heads": {"disable_hybrid_kv_cache_manager": True}}
+"""One group for all layers, although they differ in their K/V heads."""
+
+
 @pytest.fixture(scope="module")
 def tiny_root(tmp_path_factory):
     return tmp_path_factory.getbasetemp().parent / "tiny-models"
 
 
 def engine(name, root, **options):
-    return {"model": str(build(name, root)), "max_model_len": 128, "max_num_seqs": 4, **options}
+    base = {"model": str(build(name, root)), "max_model_len": 128, "max_num_seqs": 4}
+    return {**base, **ENGINE_OPTIONS.get(name, {}), **options}
 
 
 @on_runners([*GATED, *MIXED], V2_GATED)
@@ -73,6 +79,8 @@ def test_gated_model_is_drafted_and_token_identical(host, tiny_root, name):
         assert report["runner"] == host.runner
         assert len(report["ffns"]) == tiny.layers
         assert report["draft_calls"] > 0
+    if name in ENGINE_OPTIONS:
+        assert host.probe(sparse, "support.probes:kv_cache_specs") == ["UniformTypeKVCacheSpecs"]
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,11 @@ def target_kernels_report(llm: Any) -> dict[str, Any]:
     }
 
 
+def kv_cache_specs(llm: Any) -> list[str]:
+    """Kind of each KV cache group."""
+    return [type(group.kv_cache_spec).__name__ for group in model_runner(llm).kv_cache_config.kv_cache_groups]
+
+
 def pretend_longest_text(llm: Any, length: int) -> None:
     """Tells the model runner, and nobody else, that texts may be so long."""
     model_runner(llm).vllm_config.model_config.max_model_len = length

@@ -207,6 +207,19 @@ _GATED = [
         act="GeluAndMul",
         layers=4,
     ),
+    TinyModel(
+        "gemma4_kv_heads",
+        "Gemma4TextConfig",
+        {
+            **_ALTERNATING,
+            "tie_word_embeddings": True,
+            "hidden_size_per_layer_input": 0,
+            "per_layer_config": {1: {"num_key_value_heads": 1}, 3: {"num_key_value_heads": 1}},
+        },
+        mlp="Gemma4MLP",
+        act="GeluAndMul",
+        layers=4,
+    ),
     TinyModel("phi3", "Phi3Config", mlp="LlamaMLP"),
     TinyModel(
         "granite",

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sirius.errors import SiriusIntegrationError
 from vllm_sirius.integration.draft_model import DraftModel
@@ -77,8 +76,6 @@ class DraftForward:
         common = self._common_for(counts, positions)
         owners = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
         for group_id, groups in enumerate(runner.attn_groups):
-            spec = runner.kv_cache_config.kv_cache_groups[group_id].kv_cache_spec
-            assert isinstance(spec, AttentionSpec), f"KV cache group {group_id} is {type(spec).__name__}"
             table = runner.input_batch.block_table[group_id]
             blocks = table.block_table.gpu
             group_common = copy.copy(common)

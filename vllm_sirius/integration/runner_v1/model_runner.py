@@ -13,6 +13,7 @@ from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.loop import draft_tokens
 from vllm_sirius.drafting.policy import DraftPolicy
 from vllm_sirius.integration.draft_model import DraftModel
+from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_packed import load_target
 from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.runner_v1.attention import make_repeatable
@@ -58,6 +59,11 @@ class SiriusCPUModelRunner(CPUModelRunner):
         self.model = target.model
         self.drafter.attach(target)
         self.draft_model = make_draft(target, self.drafter.ffns, self.vllm_config, torch.device("cpu"))
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        """As upstream, if the draft can write all of it."""
+        require_attention(kv_cache_config)
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         corrections = super()._update_states(scheduler_output)

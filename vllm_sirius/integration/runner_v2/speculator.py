@@ -25,6 +25,7 @@ from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.drafting.device_batch import DraftBatch, DraftTable
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.draft_model import DraftModel
+from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_plain import read_target
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
 from vllm_sirius.integration.measure_costs import measure_costs
@@ -127,6 +128,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         target_attn_groups: Any,
     ) -> None:
         """As upstream, with the target's own layers: they get metadata builders, hence graph buffers, of the draft's own."""
+        require_attention(kv_cache_config)
         self.model_state = model_state
         self.kv_cache_config = kv_cache_config
         self.attn_groups, self.attn_cg_support, _ = init_attn_backend(
