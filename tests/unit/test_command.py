@@ -189,6 +189,47 @@ def test_a_repair_that_fails_is_told_and_the_others_are_tried(monkeypatch):
     assert done == ["removed"]
 
 
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """Three packages and torch as modules of a folder, by the code that their import runs."""
+    monkeypatch.setattr(checks, "installed_version", lambda _: "1.0")
+
+    def install_modules(**sources):
+        for name in ("torch", *checks.BREAKING_PACKAGES):
+            (tmp_path / f"{name}.py").write_text(sources.get(name, ""))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return install_modules
+
+
+def test_only_what_fails_on_import_is_to_be_removed(installed):
+    installed(torchaudio="raise OSError('undefined symbol')")
+    found = list(checks.check_breaking_packages())
+    assert [finding.state for finding in found] == ["ok", "wrong", "ok"]
+    assert [finding.repair is not None for finding in found] == [False, True, False]
+    assert "1.0 fails on import (OSError: undefined symbol)" in found[1].text
+
+
+@pytest.mark.parametrize(
+    ("sources", "state", "words"),
+    [
+        # Nothing can be said about them where torch itself is broken.
+        ({"torch": "raise ImportError('no libtorch')"}, "wrong", "fails on import (ImportError: no libtorch)"),
+        # Nor where the system ended the look at them.
+        (dict.fromkeys(checks.BREAKING_PACKAGES, "import os; os.kill(os.getpid(), 9)"), "advice", "ended by SIGKILL"),
+    ],
+    ids=["torch fails", "killed"],
+)
+def test_nothing_is_removed_that_may_be_sound(installed, sources, state, words):
+    installed(**sources)
+    found = list(checks.check_breaking_packages())
+    assert found
+    for finding in found:
+        assert finding.state == state
+        assert finding.repair is None
+        assert words in finding.text
+
+
 def test_errors_of_other_libraries_become_one_line():
     pydantic = pytest.importorskip("pydantic")
 

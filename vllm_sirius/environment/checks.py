@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
 from vllm_sirius.environment.findings import Finding, Repair
-from vllm_sirius.environment.installer import install_vllm_name, reason_of_failure, uninstall
+from vllm_sirius.environment.installer import NoAnswerError, install_vllm_name, reason_of_failure, uninstall
 from vllm_sirius.version import TARGET_VLLM_VERSION
 
 BREAKING_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
@@ -84,20 +85,36 @@ def check_name() -> Finding:
 
 def check_breaking_packages() -> Iterator[Finding]:
     """Whether packages load that come with the CPU build and may be made for another torch."""
-    for package in BREAKING_PACKAGES:
-        if (version := installed_version(package)) is None:
-            continue
+    versions = {
+        package: version for package in BREAKING_PACKAGES if (version := installed_version(package)) is not None
+    }
+    if not versions:
+        return
+    torch = _check_import("torch", installed_version("torch") or "torch")
+    if torch.state != "ok":
+        # Without it none of them can load, so nothing is known about them.
+        yield torch
+        return
+    for package, version in versions.items():
+        finding = _check_import(package, version)
+        if finding.state == "wrong":
+            finding = replace(
+                finding,
+                text=f"{finding.text}, and so does what looks for it; text models do not need it",
+                remedy=f"{FIX}, or pip uninstall {package}",
+                repair=Repair(f"uninstall {package}, which fails on import", partial(uninstall, package)),
+            )
+        yield finding
+
+
+def _check_import(package: str, version: str) -> Finding:
+    try:
         reason = reason_of_failure([sys.executable, "-P", "-c", f"import {package}"])
-        if not reason:
-            yield Finding(package, "ok", version)
-            continue
-        yield Finding(
-            package,
-            "wrong",
-            f"{version} fails on import ({reason}), and so does what looks for it; text models do not need it",
-            f"{FIX}, or pip uninstall {package}",
-            Repair(f"uninstall {package}, which fails on import", partial(uninstall, package)),
-        )
+    except NoAnswerError as error:
+        return Finding(package, "advice", f"{version}: whether it loads is unknown ({error})", "look again later")
+    if not reason:
+        return Finding(package, "ok", version)
+    return Finding(package, "wrong", f"{version} fails on import ({reason})", f"install {package} again")
 
 
 def missing_compilers() -> list[str]:
@@ -150,7 +167,10 @@ def check_loading() -> Finding:
         remedy = f"export VLLM_PLUGINS={','.join(filter(None, [plugins, 'sirius']))}, or unset it"
         return Finding(part, "wrong", f"VLLM_PLUGINS={plugins} keeps vLLM from loading sirius", remedy)
     variables = {**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
-    reason = reason_of_failure([sys.executable, "-P", "-m", "vllm_sirius.environment.loading"], variables)
+    try:
+        reason = reason_of_failure([sys.executable, "-P", "-m", "vllm_sirius.environment.loading"], variables)
+    except NoAnswerError as error:
+        reason = str(error)
     if reason:
         remedy = "put right what is wrong above; otherwise install vLLM and vllm-sirius in a new environment"
         return Finding(part, "wrong", f"vLLM with Sirius does not load: {reason}", remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,13 @@ from vllm_sirius.environment.vllm_name import write_wheel
 CHECK_SECONDS = 300
 """Loading vLLM takes seconds, from a cold disk a minute."""
 
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+"""Statuses of programs that others ended."""
+
+
+class NoAnswerError(Exception):
+    """A program did not come to an end of its own, which says nothing about what it was to show."""
+
 
 def reason_of_failure(command: Sequence[str], variables: dict[str, str] | None = None) -> str:
     """Runs a program.
@@ -26,6 +34,9 @@ def reason_of_failure(command: Sequence[str], variables: dict[str, str] | None =
 
     Returns:
         The last line that it wrote, or the status that it ended with; empty if it succeeded.
+
+    Raises:
+        NoAnswerError: If it could not start, took too long or was ended from outside.
     """
     try:
         found = subprocess.run(
@@ -40,11 +51,13 @@ def reason_of_failure(command: Sequence[str], variables: dict[str, str] | None =
             check=False,
         )
     except OSError as error:
-        return str(error)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {CHECK_SECONDS} s"
+        raise NoAnswerError(f"{command[0]} does not start: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswerError(f"no answer within {CHECK_SECONDS} s") from error
     if found.returncode == 0:
         return ""
+    if found.returncode in FROM_OUTSIDE:
+        raise NoAnswerError(f"ended by {signal.Signals(-found.returncode).name}, for want of memory perhaps")
     lines = [line.strip() for line in found.stderr.splitlines() if line.strip()]
     return lines[-1] if lines else f"exit status {found.returncode}"
 
@@ -76,7 +89,11 @@ def install_vllm_name(version: str) -> None:
 
 def _run(action: str, *arguments: str) -> None:
     command = [*_installer(action), *arguments]
-    if reason := reason_of_failure(command):
+    try:
+        reason = reason_of_failure(command)
+    except NoAnswerError as error:
+        reason = str(error)
+    if reason:
         raise RepairError(f"`{' '.join(command)}` failed: {reason}")
 
 
