@@ -23,7 +23,7 @@ class Backend(Protocol):
     """Native kernels bound to the weights of a model's FFNs.
 
     Attributes:
-        max_tokens: Largest batch for these kernels; beyond it the model's own dense projections are faster.
+        max_tokens: Largest batch that these kernels take.
         num_bytes: Memory that the draft's own copies of weights take, 0 where it reads the target's.
         max_error: Largest relative difference from the model's own FFNs that rounding explains.
     """

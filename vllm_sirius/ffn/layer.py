@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from vllm_sirius.ffn.backends import Backend, CoarseBackend, FineBackend
+from vllm_sirius.ffn.kernel_switch import KernelSwitch
 from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
@@ -58,10 +59,12 @@ class ReducedFFNs:
         statistics: What coarse selection learns from, or ``None`` for other sparsities.
         backend: Kernels for the native way, such as the sparsity needs, or ``None`` for the masked one.
         linears: Further layers that drafts run on copies in few bits.
+        switch: Chooses between the native and the masked way; without it drafts are native wherever they can be.
 
     Attributes:
         drafting: The mode.
         num_draft_calls: FFNs run reduced so far.
+        num_native_calls: Those of them that ran the native way.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class ReducedFFNs:
         statistics: NeuronStatistics | None,
         backend: Backend | None = None,
         linears: LowBitLinears | None = None,
+        switch: KernelSwitch | None = None,
     ) -> None:
         self.ffns = tuple(ffns)
         self.density = density
@@ -79,8 +83,9 @@ class ReducedFFNs:
         self.statistics = statistics
         self.backend = backend
         self.linears = linears
+        self.switch = switch or KernelSwitch()
         self.drafting = False
-        self.num_draft_calls = 0
+        self.num_draft_calls = self.num_native_calls = 0
 
     @property
     def whole(self) -> bool:
@@ -118,6 +123,14 @@ class ReducedFFNs:
         finally:
             self.drafting = False
 
+    def is_native(self, num_tokens: int) -> bool:
+        """Whether the running draft step goes the native way.
+
+        Args:
+            num_tokens: Tokens that an FFN is given.
+        """
+        return self.backend is not None and self.switch.kernels and num_tokens <= self.backend.max_tokens
+
     def run_native(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """Runs one reduced FFN by the compiled kernels.
 
@@ -130,6 +143,7 @@ class ReducedFFNs:
         """
         assert self.backend is not None
         self.num_draft_calls += 1
+        self.num_native_calls += 1
         if self.selection is not None:
             return cast("CoarseBackend", self.backend).coarse(layer, hidden_states, self.selection.indices[layer])
         if self.whole:
@@ -185,9 +199,9 @@ def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
     upstream = type(module)
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if owner.drafting and owner.backend is not None:
+        if owner.drafting:
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            if flat.shape[0] <= owner.backend.max_tokens:
+            if owner.is_native(flat.shape[0]):
                 return owner.run_native(layer, flat).view(hidden_states.shape)
         output: torch.Tensor = upstream.forward(self, hidden_states, *args, **kwargs)
         return output

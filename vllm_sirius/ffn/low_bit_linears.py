@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from vllm_sirius.ffn.kernel_switch import KernelSwitch
 from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_linear
 from vllm_sirius.ffn.kernels.cpu.low_bit_panel_kernels import panels_linear
 from vllm_sirius.ffn.low_bit import LowBitRows
@@ -45,9 +46,10 @@ def run_linear(inputs: torch.Tensor, weight: LowBitWeight, bias: torch.Tensor | 
 
 
 class DraftMode(Protocol):
-    """Whoever knows whether a forward pass is a draft."""
+    """Whoever knows whether a forward pass is a draft, and on what it runs."""
 
     drafting: bool
+    switch: KernelSwitch
 
 
 class LowBitLinears:
@@ -57,20 +59,25 @@ class LowBitLinears:
         layers: Copy of each layer's weight, ``[out, in]``, by the layer. A layer's forward takes one input and returns the
             output, with its bias beside it where ``return_bias`` is set, as vLLM's parallel linear layers do.
         head: The lm_head and its copy, or ``None``; it is called through its ``quant_method``.
+
+    Attributes:
+        num_calls: Layers run on their copies so far.
+        num_head_calls: Times that the lm_head was.
     """
 
     max_tokens = 32
-    """Largest batch for these kernels; beyond it the model's own dense layers run."""
+    """Largest batch that these kernels take."""
 
     def __init__(self, layers: Mapping[nn.Module, LowBitWeight], head: tuple[nn.Module, LowBitWeight] | None) -> None:
         self.layers = list(layers)
         self._rows = list(layers.values())
-        self._head = head
+        self.head = head
+        self.num_calls = self.num_head_calls = 0
 
     @property
     def num_bytes(self) -> int:
         """Memory of the copies."""
-        head = self._head[1].num_bytes if self._head is not None else 0
+        head = self.head[1].num_bytes if self.head is not None else 0
         return head + sum(rows.num_bytes for rows in self._rows)
 
     def install(self, mode: DraftMode) -> None:
@@ -81,8 +88,8 @@ class LowBitLinears:
         """
         for index, layer in enumerate(self.layers):
             self._switch_layer(layer, index, mode)
-        if self._head is not None:
-            _switch_head(*self._head, mode, self)
+        if self.head is not None:
+            _switch_head(*self.head, mode, self)
 
     def run(self, index: int, inputs: torch.Tensor) -> torch.Tensor:
         """Runs one layer on its copy, bias included unless the layer leaves it to its caller.
@@ -94,10 +101,24 @@ class LowBitLinears:
         Returns:
             ``[..., out]``.
         """
+        self.num_calls += 1
         layer: Any = self.layers[index]
         bias = None if layer.skip_bias_add else layer.bias
         output = run_linear(inputs.reshape(-1, inputs.shape[-1]), self._rows[index], bias)
         return output.view(*inputs.shape[:-1], output.shape[-1])
+
+    def takes(self, inputs: torch.Tensor, mode: DraftMode) -> bool:
+        """Whether a draft runs a layer on its copy; otherwise on the model's own weight.
+
+        Args:
+            inputs: ``[..., in]``.
+            mode: Knows the way of the running step.
+        """
+        return mode.switch.kernels and inputs.numel() <= self.max_tokens * inputs.shape[-1]
+
+    def width(self, index: int) -> int:
+        """Width of a layer's input."""
+        return self._rows[index].width
 
     def num_outputs(self, index: int) -> int:
         """Width of a layer's output."""
@@ -109,7 +130,7 @@ class LowBitLinears:
         owner = self
 
         def forward(self: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if mode.drafting and inputs.numel() <= owner.max_tokens * inputs.shape[-1]:
+            if mode.drafting and owner.takes(inputs, mode):
                 return with_bias(self, owner.run(index, inputs))
             return upstream.forward(self, inputs, *args, **kwargs)
 
@@ -133,7 +154,8 @@ def _switch_head(head: Any, weight: LowBitWeight, mode: DraftMode, owner: LowBit
     upstream = type(head.quant_method)
 
     def apply(self: Any, layer: nn.Module, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if mode.drafting and inputs.numel() <= owner.max_tokens * inputs.shape[-1]:
+        if mode.drafting and owner.takes(inputs, mode):
+            owner.num_head_calls += 1
             return run_linear(inputs, weight, bias)
         output: torch.Tensor = upstream.apply(self, layer, inputs, bias)
         return output

@@ -39,8 +39,7 @@ STATE_OF_A_COMPILED_MODULE = (
 def _reduced_ffn(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
     """One reduced FFN by native kernels, opaque to the compiler."""
     ffns = _OWNERS[owner]
-    assert ffns.backend is not None
-    if hidden_states.shape[0] > ffns.backend.max_tokens:
+    if not ffns.is_native(hidden_states.shape[0]):
         # The model's own FFN, which knows that a draft is running.
         masked: torch.Tensor = ffns.ffns[layer].module(hidden_states)
         return masked
@@ -55,9 +54,10 @@ def _(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
 @torch.library.custom_op("vllm_sirius::low_bit_linear", mutates_args=())
 def _low_bit_linear(inputs: torch.Tensor, owner: int, index: int, num_outputs: int) -> torch.Tensor:
     """One linear layer on its copy in few bits, opaque to the compiler."""
-    linears = _OWNERS[owner].linears
+    ffns = _OWNERS[owner]
+    linears = ffns.linears
     assert linears is not None
-    if inputs.numel() > linears.max_tokens * inputs.shape[-1]:
+    if not linears.takes(inputs, ffns):
         output: Any = linears.layers[index](inputs)
         dense: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return dense

@@ -9,11 +9,9 @@ from torch import nn
 from vllm.forward_context import set_forward_context
 
 from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.ffn.self_test import NUM_TOKENS
 from vllm_sirius.integration.compiled_draft import can_compile, clone_draft
 from vllm_sirius.integration.draft_norms import switch_norms
-
-NUM_TRIAL_TOKENS = 4
-"""Tokens of the forward pass that tries the draft out at start-up; a compiler would take 1 for a constant."""
 
 
 class DraftModel:
@@ -53,6 +51,7 @@ class DraftModel:
             Hidden states, ``[num_tokens, hidden_size]``.
         """
         num_tokens = input_ids.shape[0]
+        self._ffns.switch.begin(num_tokens)
         with (
             set_forward_context(
                 attn_metadata, self._vllm_config, num_tokens=num_tokens, skip_compiled=not self.compiled, **context
@@ -65,13 +64,14 @@ class DraftModel:
         return hidden_states
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits of the draft, ``[rows, vocabulary]``, by the lm_head that drafts use.
+        """Logits of the draft, ``[rows, vocabulary]``, by the lm_head that drafts use. Ends the step that `forward` began.
 
         Args:
             hidden_states: ``[rows, hidden_size]``.
         """
         with self._ffns.draft_mode():
             logits: torch.Tensor = self._target.compute_logits(hidden_states)
+        self._ffns.switch.end()
         return logits
 
     @torch.inference_mode()
@@ -81,5 +81,6 @@ class DraftModel:
         Args:
             device: Where the model lives.
         """
-        token_ids = torch.zeros(NUM_TRIAL_TOKENS, dtype=torch.int32, device=device)
-        self.forward(token_ids, torch.arange(NUM_TRIAL_TOKENS, dtype=torch.int64, device=device), None)
+        token_ids = torch.zeros(NUM_TOKENS, dtype=torch.int32, device=device)
+        positions = torch.arange(NUM_TOKENS, dtype=torch.int64, device=device)
+        self.compute_logits(self.forward(token_ids, positions, None))

@@ -14,7 +14,7 @@ from vllm_sirius.config import SiriusConfig
 from vllm_sirius.correction.choice import TargetKernels
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.ffn.backends import Backend
-from vllm_sirius.ffn.kernel_switch import measure_switch
+from vllm_sirius.ffn.kernel_switch import KernelSwitch
 from vllm_sirius.ffn.kernels.native import KernelChoice
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.locate import GatedFFN
@@ -142,7 +142,10 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
         selector = NeuronSelector(statistics, selection, target.neuron_norms if config.refresh else None)
         selector.select(torch.full((1,), statistics.nobody, dtype=torch.int64, device=device))
     density = 1.0 if config.sparsity == "none" else config.density
-    ffns = ReducedFFNs(target.ffns, density, selection, statistics, target.backend, target.linears)
+    # With fixed lengths and without guesses nothing hangs on time, so that outputs can be repeated.
+    learns = target.backend is not None and device.type == "cpu" and (config.adaptive or config.lookup_tokens > 0)
+    switch = KernelSwitch(learns)
+    ffns = ReducedFFNs(target.ffns, density, selection, statistics, target.backend, target.linears, switch)
     ffns.install()
     return ffns, selector
 
@@ -165,8 +168,6 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     config = sirius_config(vllm_config.speculative_config)
     assert config is not None
     dtype = vllm_config.model_config.dtype
-    if ffns.backend is not None and device.type == "cpu":
-        measure_switch(ffns, vllm_config.scheduler_config.max_num_seqs * (1 + config.lookup_tokens), dtype)
     draft = DraftModel(target.model, ffns, vllm_config)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
