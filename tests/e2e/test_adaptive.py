@@ -34,7 +34,8 @@ def test_drafts_that_cost_a_target_step_are_not_made(host):
     host.probe(engine(), "support.probes:fix_costs", draft=1.0)
     found = host.generate(engine(), prompts, SAMPLING)
     assert found.token_ids == reference
-    assert found.num_draft_tokens == 0
+    # Steps 2, 6, 14 and 30 try two tokens each, to see whether it is true.
+    assert found.num_draft_tokens <= 4 * 2 * len(prompts)
 
 
 @only_v1

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_sirius.drafting.costs import CostCurve, StepCosts
+from vllm_sirius.drafting.costs import ENOUGH, CostCurve, StepCosts
 from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.policy import DraftPolicy
 
@@ -56,9 +56,12 @@ def draft_report(llm: Any) -> dict[str, Any]:
 
 
 def fix_costs(llm: Any, draft: float) -> dict[str, Any]:
-    """Makes the adaptive length of an engine (Model Runner V1) believe in a draft cost, in target steps of one token."""
+    """Makes the adaptive length of an engine (Model Runner V1) sure of a draft cost, in target steps of one token."""
     runner = model_runner(llm)
     costs = StepCosts({1: draft, 32: draft}, {1: 1.0, 64: 2.0})
+    for _ in range(ENOUGH):
+        for size in range(1, runner.scheduler_config.max_num_seqs + 1):
+            costs.target.observe(size, costs.target.seconds(size))
     costs.draft.observe = costs.target.observe = lambda size, seconds: None
     runner.drafter.policy = DraftPolicy(costs)
     runner.drafter.policy.observe_step = lambda *step: None

@@ -8,6 +8,7 @@ import torch
 
 from vllm_sirius.drafting.costs import CostCurve
 from vllm_sirius.drafting.lookup import (
+    FIRST_TRIAL_STEPS,
     LONGEST_MATCH,
     MOST_STEP_TOKENS,
     NO_GUESS,
@@ -101,6 +102,27 @@ def test_as_many_guesses_as_save_time():
     assert len(taken(Lookup(CostCurve({1: 1.0, 2: 1.9, 8: 2.0}), 7), [text], [100])[0]) == 7
 
 
+def test_guesses_that_only_seemed_dear_are_found_out():
+    text = text_of(*[1, 2, 3, 4, 5, 6, 7, 8] * 2)
+    costs = CostCurve({1: 1.0, 2: 5.0, 8: 6.0, 32: 7.0})
+    costs.observe(1, 1.0)
+    lookup = Lookup(costs, 7)
+    lengths = []
+    while len(lengths) < 400:
+        lengths.append(len(taken(lookup, [text], [100])[0]))
+        if lengths[-1]:
+            costs.observe(1 + lengths[-1], 1.2)
+    assert lengths.index(7) == FIRST_TRIAL_STEPS - 1
+    assert lengths[FIRST_TRIAL_STEPS:].count(0) == 0
+
+
+def test_guesses_that_are_dear_are_tried_ever_more_rarely():
+    text = text_of(*[1, 2, 3, 4, 5, 6, 7, 8] * 2)
+    lookup = Lookup(CostCurve({1: 1.0, 32: 32.0}), 7)
+    lengths = [len(taken(lookup, [text], [100])[0]) for _ in range(1000)]
+    assert sum(length > 0 for length in lengths) <= 8
+
+
 def test_the_likeliest_guesses_of_a_batch_come_first():
     sure, unsure = text_of(1, 2, 3, 4, 5, 1, 2, 3, 4), text_of(1, 5, 6, 7, 8, 9, 1)
     lookup = Lookup(CostCurve({1: 1.0, 2: 1.0, 4: 1.0, 5: 9.0}), 2)
@@ -186,6 +208,7 @@ class Capricious(FullLength):
     """Refuses some rows and some tokens, always the same ones however they are found."""
 
     def __init__(self):
+        super().__init__()
         self.lengths = {}
 
     def proposed(self, rows, logits):

@@ -1,13 +1,21 @@
 """When drafting stops: costs, acceptance by confidence, and the rule that weighs them, worked out by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from vllm_sirius.drafting.confidence import AcceptanceModel, RequestAcceptance, confidence
 from vllm_sirius.drafting.costs import StepCosts
-from vllm_sirius.drafting.policy import FIRST_PROBE_STEPS, PROBE_TOKENS, Draft, DraftPolicy
+from vllm_sirius.drafting.policy import (
+    LAST_PROBE_STEPS,
+    PLAIN_STEPS,
+    PROBE_TOKENS,
+    RARE_PLAIN_STEPS,
+    Draft,
+    DraftPolicy,
+)
 
 SURE = 0.9999
 """Confidence in the highest range."""
@@ -106,10 +114,29 @@ def test_a_draft_stops_where_confidence_is_gone():
 def test_a_dear_draft_is_not_begun_but_probed_now_and_then():
     policy = DraftPolicy(cheap_draft(cost=1.1))
     request = trained(policy, SURE, accepted=True)
-    lengths = [run_drafts(policy, [Draft(0, request)], SURE)[0] for _ in range(3 * FIRST_PROBE_STEPS)]
+    lengths = []
+    for _ in range(8 * LAST_PROBE_STEPS):
+        lengths.append(run_drafts(policy, [Draft(0, request)], SURE)[0])
+        policy.observe_step(1, 1 + lengths[-1], 1, target=1.0 + lengths[-1] / 32, draft=1.1 * lengths[-1])
     assert sorted(set(lengths)) == [0, PROBE_TOKENS]
-    # The second probe waits twice as long as the first.
-    assert [step for step, length in enumerate(lengths) if length] == [FIRST_PROBE_STEPS - 1, 3 * FIRST_PROBE_STEPS - 1]
+    probes = [step for step, length in enumerate(lengths) if length]
+    # Each waits twice as long as the one before it, until they are rare.
+    assert probes[:4] == [1, 5, 13, 29]
+    assert {later - earlier for earlier, later in pairwise(probes[-4:])} == {LAST_PROBE_STEPS}
+
+
+def test_a_draft_that_pays_is_left_out_now_and_then_to_see_what_a_step_without_it_costs():
+    policy = DraftPolicy(cheap_draft())
+    request = trained(policy, SURE, accepted=True)
+    lengths = []
+    for _ in range(2 * RARE_PLAIN_STEPS):
+        lengths.append(run_drafts(policy, [Draft(0, request)], SURE)[0])
+        policy.observe_step(1, 1 + lengths[-1], 1, target=1.0 + lengths[-1] / 32, draft=0.2 * lengths[-1])
+    assert sorted(set(lengths)) == [0, 15]
+    plain = [step for step, length in enumerate(lengths) if not length]
+    # Soon while few were timed, then rarely.
+    assert plain[:3] == [PLAIN_STEPS - 1, 2 * PLAIN_STEPS - 1, 3 * PLAIN_STEPS - 1]
+    assert len(plain) == 4
 
 
 def test_a_batch_stops_where_verification_gets_dear():

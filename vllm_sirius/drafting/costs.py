@@ -6,7 +6,8 @@ hold whatever is observed:
 * a larger pass never costs less, and nothing costs nothing;
 * each size learns for itself: what another size costs matters only where it has not run yet, or where order demands it;
 * the median of a size's newest observations counts, so single ones that were held up do not matter;
-* what was measured at start-up is a first guess, which observations replace within a few passes.
+* what was measured at start-up is a first guess, which observations replace within a few passes. So is what a size took
+  before another one was seen to take clearly less than it did: the machine was busy then.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ ENOUGH = 3
 
 FRESH = 100
 """Observations of any size after which what is known of one counts half where order makes it yield."""
+
+OLD = 500
+"""Observations of any size after which one is forgotten, if newer ones of its size are `ENOUGH`."""
+
+FASTER, FASTER_IN_A_ROW = 0.8, 2
+SLOWER, SLOWER_IN_A_ROW = 1.25, 4
+"""So many observations in a row beyond this part of the estimate replace all before them: the cost has changed. Nothing makes
+a pass seem faster than it is, while something may hold up two."""
 
 EXACT_SIZES = 32
 SIZES_PER_DOUBLING = 16
@@ -72,9 +81,10 @@ class CostCurve:
         own = self._observed.get(size)
         if own is None:
             own = self._observed[size] = _Observed()
-        own.seconds.append(seconds)
-        own.latest = self._num_observed
+        changed = own.take_in(seconds, self._num_observed)
         estimate = self._estimate(size, own)
+        if changed and estimate < own.estimate:
+            self._doubt_others(own, estimate / own.estimate)
         # Weights fade even where estimates stay.
         if estimate != own.estimate or self._num_observed % WINDOW == 0:
             own.estimate, self._line = estimate, None
@@ -107,8 +117,17 @@ class CostCurve:
             values = sorted([*values, self._guesses.seconds(size)])
         return values[(len(values) - 1) // 2]
 
+    def _doubt_others(self, own: _Observed, part: float) -> None:
+        """Makes first guesses of what other sizes took before one was seen to take less by now: a part of that."""
+        for other in self._observed.values():
+            if other is not own:
+                other.estimate *= part
+                other.forget_all_but(1)
+                other.seconds[0] = other.estimate
+        self._line = None
+
     def _weight(self, own: _Observed) -> float:
-        return len(own.seconds) / (1.0 + (self._num_observed - own.latest) / FRESH)
+        return len(own.seconds) / (1.0 + (self._num_observed - own.numbers[-1]) / FRESH)
 
     def _remaining_guesses(self, known: _Line) -> list[tuple[int, float]]:
         """First guesses of sizes that have not run, corrected by those that have.
@@ -135,14 +154,33 @@ class _Observed:
 
     Attributes:
         seconds: The newest observations.
-        latest: Number of the last one among those of all sizes.
+        numbers: Their numbers among the observations of all sizes.
         estimate: Their low median, the first guess counted as one of them while they are few.
     """
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=WINDOW)
-        self.latest = 0
+        self.numbers: deque[int] = deque(maxlen=WINDOW)
         self.estimate = 0.0
+        self._num_faster = self._num_slower = 0
+
+    def take_in(self, seconds: float, number: int) -> bool:
+        """Adds an observation. Returns whether a row of them has replaced all before it."""
+        self.seconds.append(seconds)
+        self.numbers.append(number)
+        while len(self.seconds) > ENOUGH and self.numbers[0] < number - OLD:
+            self.forget_all_but(len(self.seconds) - 1)
+        self._num_faster = self._num_faster + 1 if seconds < FASTER * self.estimate else 0
+        self._num_slower = self._num_slower + 1 if seconds > SLOWER * self.estimate else 0
+        if self._num_faster < FASTER_IN_A_ROW and self._num_slower < SLOWER_IN_A_ROW:
+            return False
+        self.forget_all_but(max(self._num_faster, self._num_slower))
+        return True
+
+    def forget_all_but(self, newest: int) -> None:
+        while len(self.seconds) > newest:
+            self.seconds.popleft()
+            self.numbers.popleft()
 
 
 class _Line:
@@ -186,7 +224,9 @@ class _Line:
 
 
 def _in_order(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The rising values nearest to given ones by weighted least squares (pool adjacent violators).
+    """The rising values nearest to given ones by weighted absolute error (pool adjacent violators).
+
+    A mean would follow the one value of a pool that is far off; the median leaves it alone.
 
     Args:
         values: The values.
@@ -195,16 +235,24 @@ def _in_order(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     Returns:
         As many values, none below the one before it.
     """
-    pools: list[tuple[float, float, int]] = []
-    for value, weight in zip(values, weights, strict=True):
-        count = 1
-        while pools and pools[-1][0] >= value:
-            its_value, its_weight, its_count = pools.pop()
-            value = (value * weight + its_value * its_weight) / (weight + its_weight)
-            weight += its_weight
-            count += its_count
-        pools.append((value, weight, count))
-    return [value for value, _, count in pools for _ in range(count)]
+    pools: list[tuple[float, list[tuple[float, float]]]] = []
+    for entry in zip(values, weights, strict=True):
+        value, members = entry[0], [entry]
+        while pools and pools[-1][0] > value:
+            members = sorted(pools.pop()[1] + members)
+            value = _weighted_median(members)
+        pools.append((value, members))
+    return [value for value, members in pools for _ in members]
+
+
+def _weighted_median(members: Sequence[tuple[float, float]]) -> float:
+    """The low median of ascending values with weights."""
+    left = sum(weight for _, weight in members) / 2.0
+    for value, weight in members:
+        left -= weight
+        if left <= 0.0:
+            return value
+    return members[-1][0]
 
 
 def _learning_size(size: int) -> int:

@@ -41,6 +41,10 @@ MEMORY_STEPS = 200.0
 MEMORY_GUESSES = 500.0
 """Older verdicts fade once a rate has seen this many guesses."""
 
+FIRST_TRIAL_STEPS = 4
+LAST_TRIAL_STEPS = 512
+"""Where guesses do not seem to pay, a step takes them all every so many: what such a step costs shows only if one runs."""
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -180,6 +184,13 @@ class Lookup:
         self._most = most
         self._rates = GuessRates(most)
         self._batches = BatchSavings()
+        self._num_idle = 0
+        self._trial_interval = FIRST_TRIAL_STEPS
+
+    @property
+    def costs(self) -> CostCurve:
+        """What it judges steps by."""
+        return self._costs
 
     def guess(self, texts: Sequence[NDArray[np.int32]], limits: Sequence[int]) -> list[Guess]:
         """Guesses for the requests of a draft step.
@@ -234,4 +245,18 @@ class Lookup:
             worth = saved - (self._costs.seconds(num_requests + count) - alone)
             if worth > best_saved:
                 best, best_saved = count, worth
+        if not chances:
+            return 0
+        if best == 0:
+            return self._trial(len(chances))
+        self._num_idle = 0
         return best
+
+    def _trial(self, most: int) -> int:
+        """Counts a step whose guesses do not seem to pay; how many it takes all the same."""
+        self._num_idle += 1
+        if self._num_idle < self._trial_interval:
+            return 0
+        self._num_idle = 0
+        self._trial_interval = min(2 * self._trial_interval, LAST_TRIAL_STEPS)
+        return most

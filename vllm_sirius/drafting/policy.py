@@ -9,19 +9,23 @@ for some number of further steps,
 
 and does not draft at all where nothing pays: Sirius then costs what vLLM costs. Several steps are looked at because the
 first further token may be dear and those after it cheap (a pass of two tokens runs other kernels than a pass of one).
+
+Costs are learnt from what runs, so what is never run must be tried now and then: a short draft where drafting does not
+seem to pay, a step without one where it does. Soon and often while a cost was only measured at start-up, when the machine
+may have been busy, or was learnt on a machine that was slower than now; rarely once the engine itself has seen it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from vllm_sirius.drafting.confidence import AcceptanceModel, RequestAcceptance, confidence
-from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.drafting.costs import ENOUGH, CostCurve, StepCosts
 
 FIRST_RATE = 0.85
 """Acceptance rate that is expected before anything is known."""
@@ -30,9 +34,21 @@ MEAN_MEMORY = 0.01
 """Weight of one token in the acceptance rate that a new request is expected to have."""
 
 PROBE_TOKENS = 2
-FIRST_PROBE_STEPS = 128
+FIRST_PROBE_STEPS = 2
+RARE_PROBE_STEPS = 128
 LAST_PROBE_STEPS = 1024
-"""Where drafting does not pay, a short draft every so many steps notices when it does again; ever rarer."""
+"""Where drafting does not pay, a short draft every so many steps notices when it does; ever rarer."""
+
+CONFIRMATIONS = 32
+"""Draft steps that must have been timed before probes are rare from the first one on."""
+
+FASTER = 0.7
+"""Where a step without drafts takes less than this part of what it took when a draft step was last timed, the machine was slow
+then."""
+
+PLAIN_STEPS = 4
+RARE_PLAIN_STEPS = 256
+"""Where drafting pays, a step without drafts every so many steps: while few were timed, and later."""
 
 PACE_MEMORY = 0.05
 """Weight of one draft step in how much faster guesses make drafting."""
@@ -42,6 +58,9 @@ LOOKAHEAD = (1, 2, 4, 8)
 
 RATE_MEMORY = 0.95
 """What remains of older steps in the rate at each new one."""
+
+HELD_UP = 2.0
+"""A pass counts in the rate as at most so many times what such passes take: the rest says nothing of the next ones."""
 
 
 @dataclass
@@ -89,10 +108,18 @@ class LengthRule(Protocol):
 
 
 class FullLength:
-    """Every row drafts to its limit."""
+    """Every row drafts to its limit.
+
+    Args:
+        costs: Seconds of a draft step, where someone wants to know them.
+    """
+
+    def __init__(self, costs: CostCurve | None = None) -> None:
+        self._timer = _StepTimer(costs)
 
     def choose(self, rows: Sequence[int]) -> list[int]:
         """See `LengthRule.choose`."""
+        self._timer.begin_step()
         return list(rows)
 
     def proposed(self, rows: Sequence[int], logits: torch.Tensor) -> list[bool]:
@@ -101,6 +128,36 @@ class FullLength:
 
     def stepped(self, num_fed: int, num_drafted: int) -> None:
         """See `LengthRule.stepped`."""
+        self._timer.end_step(num_fed)
+
+
+class _StepTimer:
+    """Times the steps of one draft after another.
+
+    Args:
+        costs: Takes them in.
+        clock: Tells seconds.
+    """
+
+    def __init__(self, costs: CostCurve | None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._costs = costs
+        self._clock = clock
+        self._num_steps = 0
+        self._started = 0.0
+
+    def begin_draft(self) -> None:
+        self._num_steps = 0
+
+    def begin_step(self) -> None:
+        self._started = self._clock()
+
+    def end_step(self, num_fed: int) -> bool:
+        """Takes in a step; whether it counted. The first one of a draft does not: it also chooses the neurons."""
+        self._num_steps += 1
+        if self._num_steps == 1 or self._costs is None:
+            return False
+        self._costs.observe(num_fed, self._clock() - self._started)
+        return True
 
 
 class DraftPolicy:
@@ -108,19 +165,23 @@ class DraftPolicy:
 
     Args:
         costs: Measured costs.
+        clock: Tells seconds.
     """
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, clock: Callable[[], float] = time.perf_counter) -> None:
         self.costs = costs
+        self._timer = _StepTimer(costs.draft, clock)
         self._model = AcceptanceModel()
         self._rates: dict[int, _Rate] = {}
         self._drafts: dict[int, Draft] = {}
         self._num_rows = 0
         self._num_drafted = 0
-        self._num_steps = self._num_chosen = 0
-        self._step_started = 0.0
+        self._num_chosen = 0
+        self._plain = False
+        self._draft_estimate = 0.0
         self._pace = 1.0
         self._probe = _Probe()
+        self._confirmed: tuple[int, float] | None = None
         self._mean_rate = FIRST_RATE
 
     def new_request(self) -> RequestAcceptance:
@@ -136,14 +197,19 @@ class DraftPolicy:
         """
         self._drafts = {draft.row: draft for draft in drafts}
         self._num_rows = max(num_rows, 1)
-        self._num_drafted = self._num_steps = 0
+        self._num_drafted = 0
+        self._draft_estimate = 0.0
+        self._timer.begin_draft()
         self._probe.begin_step()
+        self._plain = self._rate().plain_due(self.costs.target.num_observations(self._num_rows))
         for draft in drafts:
             draft.acceptance.begin()
 
     def choose(self, rows: Sequence[int]) -> list[int]:
         """See `LengthRule.choose`."""
         drafts = [self._drafts[row] for row in rows]
+        if self._plain:
+            return []
         if self._probe.active:
             return self._go(drafts) if max(draft.length for draft in drafts) < PROBE_TOKENS else []
         worth = self._rate().value
@@ -152,12 +218,15 @@ class DraftPolicy:
         if paying and any(self._pays(paying, steps, worth) for steps in LOOKAHEAD):
             self._probe.rest()
             return self._go(paying)
-        if self._num_drafted == 0 and self._probe.due():
-            return self._go(drafts)
-        return []
+        if self._num_drafted > 0:
+            return []
+        if self._confirmed is not None and self.costs.target.seconds(self._confirmed[0]) < FASTER * self._confirmed[1]:
+            self._confirmed = None
+            self._probe.doubt()
+        return self._go(drafts) if self._probe.due() else []
 
     def _go(self, drafts: Sequence[Draft]) -> list[int]:
-        self._step_started = time.perf_counter()
+        self._timer.begin_step()
         self._num_chosen = len(drafts)
         return [draft.row for draft in drafts]
 
@@ -184,9 +253,10 @@ class DraftPolicy:
 
     def stepped(self, num_fed: int, num_drafted: int) -> None:
         """See `LengthRule.stepped`."""
-        if self._num_steps > 0:  # the first step also chooses the neurons
-            self.costs.draft.observe(num_fed, time.perf_counter() - self._step_started)
-        self._num_steps += 1
+        if self._timer.end_step(num_fed):
+            self._probe.confirm()
+            self._confirmed = self._num_rows, self.costs.target.seconds(self._num_rows)
+        self._draft_estimate += self.costs.draft.seconds(num_fed)
         # Right guesses make a step worth several; wrong ones only make it longer.
         worth = max(num_drafted / self._num_chosen, 1.0)
         pace = worth * self.costs.draft.seconds(self._num_chosen) / self.costs.draft.seconds(num_fed)
@@ -203,6 +273,11 @@ class DraftPolicy:
             draft: Seconds of drafting the tokens that it judged.
         """
         self.costs.target.observe(num_tokens, target)
+        if num_tokens == num_rows:
+            self._rate(num_rows).was_plain()
+        target = min(target, HELD_UP * self.costs.target.seconds(num_tokens))
+        if self._draft_estimate > 0.0:
+            draft = min(draft, HELD_UP * self._draft_estimate)
         self._rate(num_rows).observe(num_emitted, target + draft)
 
     def _seconds_longer(self, num_more: int) -> float:
@@ -229,11 +304,28 @@ class _Rate:
     def __init__(self) -> None:
         self.floor = 0.0
         self._tokens = self._seconds = 0.0
+        self._num_steps = 0
 
     @property
     def value(self) -> float:
         """The rate, at least `floor`, that of decoding without drafts."""
         return max(self.floor, self._tokens / self._seconds if self._seconds else 0.0)
+
+    def plain_due(self, num_timed: int) -> bool:
+        """Counts a step; whether it should go without drafts, because few or no such steps were timed of late.
+
+        Args:
+            num_timed: Steps without drafts that the floor stands on.
+        """
+        self._num_steps += 1
+        if self._num_steps < (PLAIN_STEPS if num_timed < ENOUGH else RARE_PLAIN_STEPS):
+            return False
+        self._num_steps = 0
+        return True
+
+    def was_plain(self) -> None:
+        """A step went without drafts."""
+        self._num_steps = 0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         self._tokens = RATE_MEMORY * self._tokens + num_tokens
@@ -246,15 +338,24 @@ class _Probe:
     def __init__(self) -> None:
         self.active = False
         self._idle_steps = 0
+        self._num_confirmed = 0
         self._interval = FIRST_PROBE_STEPS
 
     def begin_step(self) -> None:
         self.active = False
 
+    def confirm(self) -> None:
+        """A draft step was timed."""
+        self._num_confirmed += 1
+
+    def doubt(self) -> None:
+        """What was timed says nothing any more."""
+        self._num_confirmed, self._interval = 0, FIRST_PROBE_STEPS
+
     def rest(self) -> None:
         """Drafting pays: the next step without drafts is the first one."""
         self._idle_steps = 0
-        self._interval = FIRST_PROBE_STEPS
+        self._interval = RARE_PROBE_STEPS if self._num_confirmed >= CONFIRMATIONS else FIRST_PROBE_STEPS
 
     def due(self) -> bool:
         """Counts a step without drafts; whether it should draft all the same."""

@@ -150,7 +150,7 @@ class SiriusProposer:
             to_draft: The rows that draft.
         """
         if self.policy is None:
-            return FullLength()
+            return FullLength(self.lookup.costs if self.lookup is not None else None)
         drafts = []
         for draft in to_draft:
             acceptance = self._requests[req_ids[draft.row]].acceptance

@@ -1,0 +1,179 @@
+"""The adaptive length against engines that are made up: whatever was measured at the start, it finds what pays, and soon."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from vllm_sirius.drafting import policy
+from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.drafting.policy import Draft, DraftPolicy
+
+LONGEST = 15
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+FACTORS = (0.1, 0.4, 1.0, 2.5, 10.0)
+"""Measured at the start over true."""
+
+
+class Confidence:
+    """Stands for logits and for the draft's confidence in them alike: a tensor takes longer than the whole rest of a step."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def tolist(self):
+        return [self.value]
+
+
+@pytest.fixture(autouse=True)
+def _no_logits(monkeypatch):
+    monkeypatch.setattr(policy, "confidence", lambda logits: logits)
+
+
+class Engine:
+    """One request at a time.
+
+    Args:
+        draft: Seconds of a draft step, where a step of the target takes 1.
+        token: Seconds that each further token adds to the target's pass.
+        rate: Probability that a draft token is accepted if those before it are.
+        wrong: What was measured at the start over what is true, of draft steps and of the target's passes: numbers, or
+            functions of the size.
+        seed: Of the noise: a twentieth, and one step in fifty that seems to take twenty times as long.
+    """
+
+    def __init__(self, draft, token=0.03, rate=0.9, wrong=(1.0, 1.0), seed=0):
+        self.draft, self.token, self.rate = draft, token, rate
+        self.random = random.Random(seed)
+        self.now = self.held_up = 0.0
+        self.slow = 1.0
+        of_draft, of_target = (factor if callable(factor) else lambda _, factor=factor: factor for factor in wrong)
+        costs = StepCosts(
+            {size: of_draft(size) * draft for size in SIZES},
+            {size: of_target(size) * self.target(size) for size in SIZES},
+        )
+        self.policy = DraftPolicy(costs, clock=lambda: self.now + self.held_up)
+        self.request = self.policy.new_request()
+        self.drafted, self.draft_seconds = 0, 0.0
+
+    def target(self, size):
+        return 1.0 + self.token * (size - 1) + (0.1 if size > 1 else 0.0)
+
+    def spend(self, seconds):
+        """Lets a pass take as long, and seem to take longer now and then. Returns what it seems to take."""
+        seconds *= self.slow
+        self.now += seconds
+        spike = 19.0 * seconds if self.random.random() < 0.02 else 0.0
+        self.held_up += spike
+        return seconds * self.random.uniform(0.95, 1.05) + spike
+
+    def step(self):
+        """Verifies the last draft and makes the next one. Returns the tokens that such a step gives on average."""
+        size = 1 + self.drafted
+        expected = self.expected(self.drafted)
+        took = self.spend(self.target(size))
+        accepted = 0
+        while accepted < self.drafted and self.random.random() < self.rate:
+            accepted += 1
+        self.request.judged(accepted, self.drafted)
+        self.policy.observe_step(1, size, accepted + 1, took, self.draft_seconds)
+        self.policy.begin([Draft(0, self.request)], 1)
+        self.drafted, self.draft_seconds = 0, 0.0
+        while self.drafted < LONGEST and self.policy.choose([0]):
+            self.draft_seconds += self.spend(self.draft)
+            kept = self.policy.proposed([0], Confidence(self.rate))[0]
+            self.policy.stepped(1, int(kept))
+            if not kept:
+                break
+            self.drafted += 1
+        return expected
+
+    def expected(self, length):
+        """Tokens that a step gives on average with so many draft tokens."""
+        return sum(self.rate**place for place in range(length + 1))
+
+    def run(self, tokens):
+        """Tokens per second over so many tokens."""
+        started, given = self.now, 0.0
+        while given < tokens:
+            given += self.step()
+        return given / (self.now - started)
+
+    def best_rate(self):
+        """Tokens per second of the best fixed length."""
+
+        return max(
+            self.expected(length) / (self.slow * (self.target(1 + length) + length * self.draft))
+            for length in range(LONGEST + 1)
+        )
+
+
+ENGINES = {
+    "cheap and sure": {"draft": 0.25, "rate": 0.95},
+    "cheap and often wrong": {"draft": 0.25, "rate": 0.6},
+    "dear and sure": {"draft": 0.6, "rate": 0.9},
+    "dear verification": {"draft": 0.2, "rate": 0.85, "token": 0.15},
+    "does not pay": {"draft": 1.1, "rate": 0.9},
+    "pays by no means": {"draft": 2.5, "rate": 0.3},
+}
+
+
+QUICK = (0.1, 1.0, 10.0)
+"""Factors that `make test` runs."""
+WRONG = [
+    pytest.param(wrong, id=f"{wrong[0]:g}-{wrong[1]:g}", marks=() if set(wrong) <= set(QUICK) else pytest.mark.slow)
+    for wrong in itertools.product(FACTORS, FACTORS)
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_wrong_start_is_unlearnt_within_two_hundred_tokens(name, wrong):
+    engine = Engine(**ENGINES[name], wrong=wrong, seed=7)
+    engine.run(200)
+    assert engine.run(3000) >= 0.95 * engine.best_rate()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ENGINES)
+def test_single_sizes_that_were_held_up_at_the_start_do_no_harm(name, seed):
+    def spike(_):
+        return 20.0 if noise.random() < 0.3 else 1.0
+
+    noise = random.Random(seed)
+    engine = Engine(**ENGINES[name], wrong=(spike, spike), seed=seed)
+    engine.run(200)
+    assert engine.run(3000) >= 0.95 * engine.best_rate()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_machine_that_was_busy_while_it_ran_is_free_again(name):
+    """Also where nothing is drafted at that time, so that only plain steps can tell."""
+    engine = Engine(**ENGINES[name], seed=3)
+    engine.run(300)
+    engine.slow = 4.0
+    engine.run(600)
+    engine.slow = 1.0
+    engine.run(200)
+    assert engine.run(3000) >= 0.95 * engine.best_rate()
+
+
+@pytest.mark.parametrize("name", ["cheap and sure", "dear and sure"])
+def test_drafts_that_were_slow_for_a_time_are_found_out_when_they_are_fast_again(name):
+    """As with a program beside it that takes the cores just while the engine drafts."""
+    engine = Engine(**ENGINES[name], seed=3)
+    draft, engine.draft = engine.draft, 5.0
+    engine.run(600)
+    engine.draft = draft
+    # Probes are rare by then.
+    engine.run(2500)
+    assert engine.run(3000) >= 0.95 * engine.best_rate()
+
+
+@pytest.mark.parametrize("name", ["does not pay", "pays by no means"])
+def test_trying_costs_little_where_drafting_does_not_pay(name):
+    engine = Engine(**ENGINES[name], seed=1)
+    engine.run(200)
+    assert engine.run(10_000) >= 0.98
