@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from vllm_sirius.drafting.batch_length import FIRST_INTERVAL, TRIAL_STEPS, BatchLength, draft_lengths
+from vllm_sirius.drafting.batch_length import USUAL_INTERVAL, TRIAL_STEPS, BatchLength, draft_lengths
 
 LENGTHS = draft_lengths(15)
 
@@ -126,9 +126,10 @@ def test_trials_are_short_and_rare() -> None:
     engine = Engine(1.0, 0.02, 0.97)
     _, first = engine.run(3 * TRIAL_STEPS, 2)
     assert first == {0: TRIAL_STEPS, 3: TRIAL_STEPS, 15: TRIAL_STEPS}
-    _, chosen = engine.run(10 * FIRST_INTERVAL, 2)
+    _, chosen = engine.run(10 * USUAL_INTERVAL, 2)
     usual = chosen.most_common(1)[0][1]
-    assert usual >= 10 * FIRST_INTERVAL - 11 * TRIAL_STEPS
+    # Three more of them at first.
+    assert usual >= 10 * USUAL_INTERVAL - 14 * TRIAL_STEPS
     assert len(chosen) > 1
 
 
@@ -141,3 +142,21 @@ def test_a_step_that_was_held_up_hardly_counts() -> None:
         policy.observe_verdicts([(15, 15)])
     policy.observe_step(1, 15, 1e6)
     assert [policy.choose(1) for _ in range(3 * TRIAL_STEPS + 1)][-1] == 15
+
+
+@pytest.mark.parametrize("slow", [0, 3, 15])
+@pytest.mark.parametrize(("draft", "rate"), [(0.05, 0.95), (0.3, 0.7), (1.5, 0.9)])
+def test_a_length_that_was_slow_at_the_start_is_found_out(draft: float, rate: float, slow: int) -> None:
+    """Another program takes the machine just while that length is tried for the first time."""
+    engine = Engine(1.0, draft, rate)
+    true = engine.seconds
+
+    def seconds(drafted: int, verified: int, rows: int) -> float:
+        return true(drafted, verified, rows) * (10.0 if drafted == slow else 1.0)
+
+    engine.seconds = seconds  # type: ignore[method-assign]
+    engine.run(3 * TRIAL_STEPS, 1)
+    engine.seconds = true  # type: ignore[method-assign]
+    engine.run(400, 1)
+    found, chosen = engine.run(2000, 1)
+    assert found >= 0.93 * engine.best_rate(1), chosen

@@ -20,9 +20,11 @@ from vllm_sirius.drafting.policy import FIRST_RATE
 TRIAL_STEPS = 4
 """Steps of a trial. The first one verifies drafts of another length, so it says nothing."""
 
-FIRST_INTERVAL = 256
+FIRST_INTERVAL = 32
+USUAL_INTERVAL = 256
 LAST_INTERVAL = 2048
-"""Steps between later trials: more and more where drafting does not pay."""
+"""Steps between later trials: soon after the first ones, which may have met a busy machine, and more and more where drafting
+does not pay."""
 
 HYSTERESIS = 1.02
 """Another length must promise this much more to be taken."""
@@ -120,6 +122,7 @@ class _Load:
         self._idle_steps += 1
         if self._idle_steps >= self._interval:
             self._idle_steps = 0
+            self._interval = min(2 * self._interval, LAST_INTERVAL)
             self._trials.append(self._next_trial())
         return self.chosen
 
@@ -139,7 +142,7 @@ class _Load:
         if rates[best] > HYSTERESIS * rates[self.chosen]:
             self.chosen = best
         if self.chosen > 0:
-            self._interval = FIRST_INTERVAL
+            self._interval = min(self._interval, USUAL_INTERVAL)
 
     def _estimate(self, length: int) -> float:
         return self._costs.seconds(1 + length)
@@ -149,7 +152,6 @@ class _Load:
         self._num_trials += 1
         place = self._lengths.index(self.chosen)
         if place == 0:
-            self._interval = min(2 * self._interval, LAST_INTERVAL)
             return self._lengths[1]
         longer = self._lengths[min(place + 1, len(self._lengths) - 1)]
         return (self._lengths[place - 1], longer, 0)[self._num_trials % 3]

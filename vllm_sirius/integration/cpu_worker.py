@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from vllm.v1.worker import cpu_worker
@@ -32,7 +33,9 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
         times = super().compile_or_warm_up_model()
         config = self.vllm_config.speculative_config.sirius
         if (config.adaptive or config.lookup_tokens) and not self.use_v2_model_runner:
-            announce(self.model_runner.measure_costs(), config)
+            started = time.perf_counter()
+            costs = self.model_runner.measure_costs()
+            announce(costs, config, self.model_runner.draft_model.predicted_cost, time.perf_counter() - started)
         return times
 
     def sirius_costs(self) -> dict[str, dict[str, float]]:

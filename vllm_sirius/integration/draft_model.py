@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ class DraftModel:
         model: The target, with the switch installed.
         ffns: The switch.
         vllm_config: The engine's config.
+        predicted_cost: Part of a target step's bytes that a draft step reads; 1 where drafts are masked.
 
     Attributes:
+        predicted_cost: See the argument.
         compiled: Whether a compiled clone drafts. Otherwise the target's modules run uncompiled, in draft mode, because a
             compiled graph would have frozen the mode.
     """
 
-    def __init__(self, model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> None:
+    def __init__(self, model: nn.Module, ffns: ReducedFFNs, vllm_config: Any, predicted_cost: float) -> None:
+        self.predicted_cost = predicted_cost
         self._ffns = ffns
         self._target: Any = model
         self._vllm_config = vllm_config
@@ -73,6 +77,10 @@ class DraftModel:
             logits: torch.Tensor = self._target.compute_logits(hidden_states)
         self._ffns.switch.end()
         return logits
+
+    def steady(self) -> AbstractContextManager[None]:
+        """Draft steps inside run the usual way, and nothing is learnt from how long they take."""
+        return self._ffns.switch.held()
 
     @torch.inference_mode()
     def try_out(self, device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,24 +11,17 @@ from vllm.logger import init_logger
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.drafting.start_costs import Pass, measure_by_turns, passes_to_measure, what_costs_promise
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.integration.device_clock import seconds_of
 from vllm_sirius.integration.draft_model import DraftModel
-from vllm_sirius.metrics import predicted_speedup
 
 logger = init_logger("vllm.sirius")
-
-TARGET_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-DRAFT_ROWS = (1, 2, 4, 5, 8, 9, 16, 17, 32)
-"""Kernels take tokens in blocks, so that the first token beyond a power of two costs more than those after it."""
-
-REPEATS = 2
-"""Runs that are timed, of which the fastest counts, after one that is not."""
 
 
 @torch.inference_mode()
 def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any, device: torch.device) -> StepCosts:
-    """Times passes without KV pages; what attention, sampling and scheduling add is learnt while the engine runs.
+    """Times passes by turns, without KV pages; what attention, sampling and scheduling add is learnt while the engine runs.
 
     Args:
         model: The target.
@@ -52,15 +44,17 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any, device:
     def draft_step(token_ids: torch.Tensor, positions: torch.Tensor) -> None:
         draft.compute_logits(draft.forward(token_ids, positions, None)).max(dim=-1)
 
-    scheduler = vllm_config.scheduler_config
-    config = vllm_config.speculative_config.sirius
-    most_rows = scheduler.max_num_seqs
-    most_tokens = min(most_rows * config.kernel_size, scheduler.max_num_batched_tokens)
-    most_fed = most_rows * (1 + config.lookup_tokens)
-    return StepCosts(
-        draft={rows: _seconds(draft_step, rows, device) for rows in DRAFT_ROWS if rows <= most_fed},
-        target={tokens: _seconds(target_pass, tokens, device) for tokens in TARGET_TOKENS if tokens <= most_tokens},
-    )
+    def seconds(one: Pass) -> float:
+        token_ids = torch.zeros(one.size, dtype=torch.int32, device=device)
+        positions = torch.arange(one.size, dtype=torch.int64, device=device)
+        run = draft_step if one.draft else target_pass
+        return seconds_of(lambda: run(token_ids, positions), device)
+
+    scheduler, config = vllm_config.scheduler_config, vllm_config.speculative_config.sirius
+    most_tokens = min(scheduler.max_num_seqs * config.kernel_size, scheduler.max_num_batched_tokens)
+    passes = passes_to_measure(most_tokens, scheduler.max_num_seqs * (1 + config.lookup_tokens))
+    with draft.steady():
+        return measure_by_turns(passes, seconds, draft.predicted_cost)
 
 
 def costs_of_worker(worker: Any) -> dict[str, dict[str, float]]:
@@ -84,40 +78,16 @@ def costs_of_worker(worker: Any) -> dict[str, dict[str, float]]:
     return costs
 
 
-def announce(costs: StepCosts, config: SiriusConfig) -> None:
+def announce(costs: StepCosts, config: SiriusConfig, predicted_cost: float, seconds: float) -> None:
     """Says what was measured, and warns where no acceptance could make adaptive drafts pay.
 
     Args:
         costs: The costs.
-        config: The knobs.
+        config: The knobs, as they were resolved.
+        predicted_cost: Part of a target step's bytes that a draft step reads; 1 where drafts are masked.
+        seconds: What measuring took.
     """
-    alone = costs.target.seconds(1)
-    draft_cost = costs.draft.seconds(1) / alone
-    verify_cost = costs.target.seconds(config.kernel_size) / alone
-    ceiling = max(
-        predicted_speedup(length, length - 1, draft_cost, costs.target.seconds(length) / alone)
-        for length in range(2, config.kernel_size + 1)
-    )
-    logger.info(
-        "Sirius: measured draft cost %.2f of a target step (%.1f ms); correcting %d tokens costs %.2f steps | speed-up of one "
-        "request at most %.2fx%s",
-        draft_cost,
-        1000 * alone,
-        config.kernel_size,
-        verify_cost,
-        ceiling,
-        ", more where guesses are right" if config.lookup_tokens else "",
-    )
-    # With a fixed length the engine drafts all the same.
-    if ceiling < 1.0 and config.adaptive:
-        logger.warning(
-            "Sirius will not draft for single requests: with these knobs it could only slow them down on this machine. "
-            "Use draft_weights='int8' or a lower density, or serve without it; `vllm-sirius tune` finds the best knobs."
-        )
-
-
-def _seconds(run: Callable[[torch.Tensor, torch.Tensor], None], size: int, device: torch.device) -> float:
-    token_ids = torch.zeros(size, dtype=torch.int32, device=device)
-    positions = torch.arange(size, dtype=torch.int64, device=device)
-    run(token_ids, positions)
-    return min(seconds_of(lambda: run(token_ids, positions), device) for _ in range(REPEATS))
+    sentence, warning = what_costs_promise(costs, config, predicted_cost, seconds)
+    logger.info("Sirius: %s", sentence)
+    if warning is not None:
+        logger.warning("%s", warning)

@@ -168,7 +168,8 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     config = sirius_config(vllm_config.speculative_config)
     assert config is not None
     dtype = vllm_config.model_config.dtype
-    draft = DraftModel(target.model, ffns, vllm_config)
+    predicted_cost = target.shape.draft_density(config) if target.kernels.native else 1.0
+    draft = DraftModel(target.model, ffns, vllm_config, predicted_cost)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
     by_batch = vllm_config.speculative_config.adaptive_lengths is not None
