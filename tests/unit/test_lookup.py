@@ -241,7 +241,7 @@ def test_the_draft_is_the_same_with_guesses_and_takes_fewer_steps(make_rule):
             text = [request.last_token_id, *expected[request.row]]
             known = [guessing.cache.get((request.row, request.position + i)) for i in range(len(text))]
             assert known[:-1] == text[:-1]
-    assert saved > 100
+    assert saved > 50
 
 
 def test_a_step_is_reported_with_what_it_was_fed_and_gave():
