@@ -56,11 +56,3 @@ def test_a_model_is_judged_from_the_wheel(environment):
     status, report, said = environment.doctor(model_path(SMOL))
     assert status == 0, said
     assert report["supported"]
-
-
-def test_plugins_that_leave_sirius_out_are_found(environment):
-    status, report, _ = environment.doctor(VLLM_PLUGINS="another")
-    assert status == 1
-    (finding,) = [finding for finding in report["findings"] if finding["part"] == "loading"]
-    assert finding["state"] == "wrong"
-    assert "VLLM_PLUGINS=another,sirius" in finding["remedy"]

@@ -189,6 +189,13 @@ def test_a_repair_that_fails_is_told_and_the_others_are_tried(monkeypatch):
     assert done == ["removed"]
 
 
+def test_plugins_that_leave_sirius_out_are_found(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    finding = checks.check_loading()
+    assert finding.state == "wrong"
+    assert "VLLM_PLUGINS=another,sirius" in finding.remedy
+
+
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
     """Three packages and torch as modules of a folder, by the code that their import runs."""
