@@ -7,9 +7,9 @@ from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
 
 PROMPTS = random_prompts(5, 17, 40)
 SAMPLING = {"max_tokens": 20, "ignore_eos": True}
-DEFAULT = {"method": "sirius", "kernel_size": 5, "adaptive": False}
-COARSE = {**DEFAULT, "sparsity": "coarse"}
-FINE = {**DEFAULT, "sparsity": "fine", "density": 0.3}
+FIXED = {"method": "sirius", "kernel_size": 5, "adaptive": False}
+COARSE = {**FIXED, "sparsity": "coarse"}
+FINE = {**FIXED, "sparsity": "fine", "density": 0.3}
 
 KNOWN_ACTIVATIONS = ("SiluAndMul", "MulAndSilu", "GeluAndMul")
 """Others are masked, which coarse sparsity alone can do."""
@@ -93,7 +93,8 @@ def test_gated_model_is_drafted_and_token_identical(host, tiny_root, name):
 )
 def test_what_drafts_by_default(host, tiny_root, name, draft):
     plain = engine(name, tiny_root)
-    sparse = {**plain, "speculative_config": DEFAULT}
+    sparse = {**plain, "speculative_config": {"method": "sirius"}}
+    host.probe(sparse, "support.probes:make_drafts_pay")
     found = host.generate(sparse, PROMPTS, SAMPLING)
     assert found.token_ids == host.generate(plain, PROMPTS, SAMPLING).token_ids
     assert found.num_accepted_tokens > 0

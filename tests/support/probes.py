@@ -73,6 +73,44 @@ def fix_guesses(llm: Any, most: int) -> None:
     model_runner(llm).drafter.lookup = Lookup(CostCurve({1: 1.0, 32: 1.0}), most)
 
 
+class _CountingLookup(Lookup):
+    """Takes all guesses it finds, as if they cost nothing, and counts them."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(CostCurve({1: 1.0, 32: 1.0}), most)
+        self.num_taken = 0
+
+    def guess(self, *arguments: Any) -> Any:
+        found = super().guess(*arguments)
+        self.num_taken += sum(guess.num_taken for guess in found)
+        return found
+
+
+def make_drafts_pay(llm: Any) -> dict[str, Any]:
+    """Lets an engine draft and guess whatever else its machine does: lengths still adapt, at costs that are made up.
+
+    On Model Runner V2 nothing needs to change: the scheduler tries every length before it chooses.
+
+    Returns:
+        What the knobs came to.
+    """
+    runner = model_runner(llm)
+    config = runner.speculative_config.sirius
+    if not is_v2(runner):
+        fix_costs(llm, 0.2)
+        if runner.drafter.lookup is not None:
+            runner.drafter.lookup = _CountingLookup(config.lookup_tokens)
+    names = ("sparsity", "draft_weights", "acceptance", "kernel_size", "adaptive", "lookup_tokens")
+    return {name: getattr(config, name) for name in names}
+
+
+def guesses_taken(llm: Any) -> int:
+    """Guessed tokens that draft steps checked since `make_drafts_pay`; Model Runner V2 has none."""
+    runner = model_runner(llm)
+    lookup = None if is_v2(runner) else runner.drafter.lookup
+    return 0 if lookup is None else lookup.num_taken
+
+
 def measured_costs(llm: Any) -> dict[str, Any]:
     """Costs as a user asks for them."""
     costs: dict[str, Any] = llm.collective_rpc("sirius_costs")[0]
