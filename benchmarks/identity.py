@@ -262,7 +262,8 @@ def judge_repeatability(
             seconds = time.monotonic() - started
             print(f"  {name}, run {number + 1}, batch {batch}: {seconds:.0f} s, parts from run 1: {parted}", flush=True)
         off = [
-            answer(engine, token_ids, batch, given.max_tokens, {**sampling, **OFF}).token_ids for batch in given.batch
+            answer(engine, token_ids, batch, given.max_tokens, {**sampling, **OFF}).token_ids
+            for batch in given.off_batch or sorted(by_batch)
         ]
         runs = [run for of_batch in by_batch.values() for run in of_batch]
         each = ", ".join(f"{batch}: {share_of_equal(of_batch)}" for batch, of_batch in by_batch.items() if of_batch)
@@ -354,7 +355,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--offset", type=int, default=0, help="prompts to leave out at the start of each data set")
     parser.add_argument("--data", type=Path, default=prompts.DATA, help="folder of the data sets")
     parser.add_argument("--max-tokens", type=number, default=64, help="of an answer (default: %(default)s)")
-    parser.add_argument("--batch", nargs="+", type=number, default=[1, 8], metavar="B", help="default: 1 8")
+    parser.add_argument("--batch", nargs="+", type=number, default=[1, 8], metavar="B", help="the runs take them by turns (default: 1 8)")
+    parser.add_argument(
+        "--off-batch", nargs="+", type=number, metavar="B", help="with drafting off (default: the same as --batch)"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     parser.add_argument(
         "--config",
