@@ -355,7 +355,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--offset", type=int, default=0, help="prompts to leave out at the start of each data set")
     parser.add_argument("--data", type=Path, default=prompts.DATA, help="folder of the data sets")
     parser.add_argument("--max-tokens", type=number, default=64, help="of an answer (default: %(default)s)")
-    parser.add_argument("--batch", nargs="+", type=number, default=[1, 8], metavar="B", help="the runs take them by turns (default: 1 8)")
+    parser.add_argument("--batch", nargs="+", type=number, default=[1, 8], metavar="B", help="of the runs, by turns")
     parser.add_argument(
         "--off-batch", nargs="+", type=number, metavar="B", help="with drafting off (default: the same as --batch)"
     )
