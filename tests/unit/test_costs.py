@@ -194,3 +194,27 @@ def test_costs_go_into_a_report_and_come_out_of_it():
     report = costs.as_dict()
     assert report["target_seconds"] == {"1": 0.1, "2": 0.11, "5": 0.14, "16": 0.18}
     assert StepCosts.from_report(report).as_dict() == report
+
+
+def test_a_machine_that_turns_out_to_have_been_busy_makes_doubtful_what_it_took_then():
+    """What has not run since might be thought too dear to run ever again."""
+    curve = CostCurve()
+    for size in (1, 4, 16) * WINDOW:
+        curve.observe(size, 4.0 * (1.0 + 0.1 * size))
+    curve.observe(4, 1.4)
+    assert curve.seconds(16) == 4.0 * 2.6
+    curve.observe(4, 1.4)
+    assert [curve.seconds(size) for size in (1, 4, 16)] == pytest.approx([1.1, 1.4, 2.6])
+    # A size that is the same as before says so soon.
+    for _ in range(4):
+        curve.observe(16, 4.0 * 2.6)
+    assert curve.seconds(16) == 4.0 * 2.6
+
+
+def test_a_size_that_gets_slower_says_nothing_of_others():
+    curve = CostCurve()
+    for size in (1, 4, 16) * WINDOW:
+        curve.observe(size, 1.0 + 0.1 * size)
+    for _ in range(WINDOW):
+        curve.observe(1, 1.3)
+    assert [curve.seconds(size) for size in (1, 4, 16)] == pytest.approx([1.3, 1.4, 2.6])

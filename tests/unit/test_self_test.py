@@ -188,3 +188,17 @@ def test_damaged_weights_are_named_as_such(damage):
         SiriusIntegrationError, match=r"'layers\.1' of the target gives numbers that are not finite.*NaN"
     ):
         self_test(model, ffns)
+
+
+def test_a_step_that_tries_the_other_way_runs_the_model_s_own_layers():
+    model = Decoder()
+    ffns = rounded(model, 4)
+    x = torch.randn(NUM_TOKENS, HIDDEN)
+    target = model(x)
+    with ffns.draft_mode():
+        usual = model(x)
+        ffns.switch.kernels = False
+        other = model(x)
+    assert torch.equal(other, target)
+    assert not torch.allclose(usual, target, rtol=1e-2)
+    assert (ffns.num_draft_calls, ffns.num_native_calls) == (2 * LAYERS, LAYERS)

@@ -17,14 +17,14 @@ FACTORS = (0.1, 0.4, 1.0, 2.5, 10.0)
 """Measured at the start over true."""
 
 
-class Confidence:
+class Confidences:
     """Stands for logits and for the draft's confidence in them alike: a tensor takes longer than the whole rest of a step."""
 
-    def __init__(self, value):
-        self.value = value
+    def __init__(self, values):
+        self.values = values
 
     def tolist(self):
-        return [self.value]
+        return self.values
 
 
 @pytest.fixture(autouse=True)
@@ -33,33 +33,41 @@ def _no_logits(monkeypatch):
 
 
 class Engine:
-    """One request at a time.
+    """Some requests at a time, all alike.
 
     Args:
-        draft: Seconds of a draft step, where a step of the target takes 1.
+        draft: Seconds of a draft step of one row, where a step of the target takes 1.
         token: Seconds that each further token adds to the target's pass.
         rate: Probability that a draft token is accepted if those before it are.
+        rows: Requests.
         wrong: What was measured at the start over what is true, of draft steps and of the target's passes: numbers, or
             functions of the size.
         seed: Of the noise: a twentieth, and one step in fifty that seems to take twenty times as long.
     """
 
-    def __init__(self, draft, token=0.03, rate=0.9, wrong=(1.0, 1.0), seed=0):
-        self.draft, self.token, self.rate = draft, token, rate
+    def __init__(self, draft, token=0.03, rate=0.9, rows=1, wrong=(1.0, 1.0), seed=0):
+        self.draft, self.token, self.rate, self.rows = draft, token, rate, rows
         self.random = random.Random(seed)
         self.now = self.held_up = 0.0
         self.slow = 1.0
         of_draft, of_target = (factor if callable(factor) else lambda _, factor=factor: factor for factor in wrong)
         costs = StepCosts(
-            {size: of_draft(size) * draft for size in SIZES},
+            {size: of_draft(size) * self.draft_step(size) for size in SIZES},
             {size: of_target(size) * self.target(size) for size in SIZES},
         )
         self.policy = DraftPolicy(costs, clock=lambda: self.now + self.held_up)
-        self.request = self.policy.new_request()
-        self.drafted, self.draft_seconds = 0, 0.0
+        self.requests = [self.policy.new_request() for _ in range(rows)]
+        self.lengths, self.draft_seconds = [0] * rows, 0.0
+
+    def draft_step(self, rows):
+        return self.draft * (0.95 + 0.05 * rows)
 
     def target(self, size):
         return 1.0 + self.token * (size - 1) + (0.1 if size > 1 else 0.0)
+
+    def expected(self, length):
+        """Tokens that a request gets on average in a step with so many draft tokens."""
+        return sum(self.rate**place for place in range(length + 1))
 
     def spend(self, seconds):
         """Lets a pass take as long, and seem to take longer now and then. Returns what it seems to take."""
@@ -70,42 +78,49 @@ class Engine:
         return seconds * self.random.uniform(0.95, 1.05) + spike
 
     def step(self):
-        """Verifies the last draft and makes the next one. Returns the tokens that such a step gives on average."""
-        size = 1 + self.drafted
-        expected = self.expected(self.drafted)
-        took = self.spend(self.target(size))
-        accepted = 0
-        while accepted < self.drafted and self.random.random() < self.rate:
-            accepted += 1
-        self.request.judged(accepted, self.drafted)
-        self.policy.observe_step(1, size, accepted + 1, took, self.draft_seconds)
-        self.policy.begin([Draft(0, self.request)], 1)
-        self.drafted, self.draft_seconds = 0, 0.0
-        while self.drafted < LONGEST and self.policy.choose([0]):
-            self.draft_seconds += self.spend(self.draft)
-            kept = self.policy.proposed([0], Confidence(self.rate))[0]
-            self.policy.stepped(1, int(kept))
-            if not kept:
-                break
-            self.drafted += 1
+        """Verifies the last drafts and makes the next ones. Returns the tokens that such a step gives on average."""
+        size = self.rows + sum(self.lengths)
+        expected = sum(map(self.expected, self.lengths))
+        took, given = self.spend(self.target(size)), 0
+        for request, length in zip(self.requests, self.lengths, strict=True):
+            accepted = 0
+            while accepted < length and self.random.random() < self.rate:
+                accepted += 1
+            request.judged(accepted, length)
+            given += accepted + 1
+        self.policy.observe_step(self.rows, size, given, took, self.draft_seconds)
+        self.draw_up()
         return expected
 
-    def expected(self, length):
-        """Tokens that a step gives on average with so many draft tokens."""
-        return sum(self.rate**place for place in range(length + 1))
+    def draw_up(self):
+        """Makes drafts."""
+        self.policy.begin([Draft(row, request) for row, request in enumerate(self.requests)], self.rows)
+        self.lengths, self.draft_seconds = [0] * self.rows, 0.0
+        rows = list(range(self.rows))
+        for _ in range(LONGEST):
+            rows = self.policy.choose(rows)
+            if not rows:
+                break
+            self.draft_seconds += self.spend(self.draft_step(len(rows)))
+            kept = self.policy.proposed(rows, Confidences([self.rate] * len(rows)))
+            self.policy.stepped(len(rows), sum(kept))
+            rows = [row for row, keep in zip(rows, kept, strict=True) if keep]
+            for row in rows:
+                self.lengths[row] += 1
 
     def run(self, tokens):
-        """Tokens per second over so many tokens."""
+        """Tokens per second over so many tokens of each request."""
         started, given = self.now, 0.0
-        while given < tokens:
+        while given < tokens * self.rows:
             given += self.step()
         return given / (self.now - started)
 
     def best_rate(self):
         """Tokens per second of the best fixed length."""
-
         return max(
-            self.expected(length) / (self.slow * (self.target(1 + length) + length * self.draft))
+            self.rows
+            * self.expected(length)
+            / (self.slow * (self.target(self.rows * (1 + length)) + length * self.draft_step(self.rows)))
             for length in range(LONGEST + 1)
         )
 
@@ -134,6 +149,15 @@ def test_a_wrong_start_is_unlearnt_within_two_hundred_tokens(name, wrong):
     engine = Engine(**ENGINES[name], wrong=wrong, seed=7)
     engine.run(200)
     assert engine.run(3000) >= 0.95 * engine.best_rate()
+
+
+@pytest.mark.parametrize("wrong", [(0.1, 1.0), (1.0, 10.0), (10.0, 0.1), (10.0, 10.0)], ids=str)
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("name", ENGINES)
+def test_so_it_is_in_batches(name, rows, wrong):
+    engine = Engine(**ENGINES[name], rows=rows, wrong=wrong, seed=5)
+    engine.run(200)
+    assert engine.run(1000) >= 0.95 * engine.best_rate()
 
 
 @pytest.mark.parametrize("seed", range(3))

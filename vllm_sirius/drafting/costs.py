@@ -21,7 +21,7 @@ WINDOW = 15
 """Newest observations of a size whose median counts."""
 
 ENOUGH = 3
-"""Observations of a size that make its start measurement superfluous."""
+"""Observations of a size that a spike does not spoil."""
 
 FRESH = 100
 """Observations of any size after which what is known of one counts half where order makes it yield."""
@@ -113,8 +113,8 @@ class CostCurve:
 
     def _estimate(self, size: int, own: _Observed) -> float:
         values = sorted(own.seconds)
-        if len(values) < ENOUGH and self._guesses.covers(size):
-            values = sorted([*values, self._guesses.seconds(size)])
+        if len(values) == 1 and self._guesses.covers(size):
+            return min(values[0], self._guesses.seconds(size))
         return values[(len(values) - 1) // 2]
 
     def _doubt_others(self, own: _Observed, part: float) -> None:
@@ -155,7 +155,7 @@ class _Observed:
     Attributes:
         seconds: The newest observations.
         numbers: Their numbers among the observations of all sizes.
-        estimate: Their low median, the first guess counted as one of them while they are few.
+        estimate: Their low median; as long as there is one alone, the first guess if that is less.
     """
 
     def __init__(self) -> None:

@@ -144,20 +144,25 @@ class _StepTimer:
         self._clock = clock
         self._num_steps = 0
         self._started = 0.0
+        self._first: tuple[int, float] = (0, 0.0)
 
     def begin_draft(self) -> None:
+        """Starts a draft. Of the one before it the first step counts only if it was all, because it also chose the neurons."""
+        if self._num_steps == 1 and self._costs is not None:
+            self._costs.observe(*self._first)
         self._num_steps = 0
 
     def begin_step(self) -> None:
         self._started = self._clock()
 
-    def end_step(self, num_fed: int) -> bool:
-        """Takes in a step; whether it counted. The first one of a draft does not: it also chooses the neurons."""
+    def end_step(self, num_fed: int) -> None:
+        """Takes in a step."""
         self._num_steps += 1
-        if self._num_steps == 1 or self._costs is None:
-            return False
-        self._costs.observe(num_fed, self._clock() - self._started)
-        return True
+        seconds = self._clock() - self._started
+        if self._num_steps == 1:
+            self._first = num_fed, seconds
+        elif self._costs is not None:
+            self._costs.observe(num_fed, seconds)
 
 
 class DraftPolicy:
@@ -253,9 +258,9 @@ class DraftPolicy:
 
     def stepped(self, num_fed: int, num_drafted: int) -> None:
         """See `LengthRule.stepped`."""
-        if self._timer.end_step(num_fed):
-            self._probe.confirm()
-            self._confirmed = self._num_rows, self.costs.target.seconds(self._num_rows)
+        self._timer.end_step(num_fed)
+        self._probe.confirm()
+        self._confirmed = self._num_rows, self.costs.target.seconds(self._num_rows)
         self._draft_estimate += self.costs.draft.seconds(num_fed)
         # Right guesses make a step worth several; wrong ones only make it longer.
         worth = max(num_drafted / self._num_chosen, 1.0)
@@ -286,8 +291,8 @@ class DraftPolicy:
         return max(0.0, self.costs.target.seconds(tokens + num_more) - self.costs.target.seconds(tokens))
 
     def _seconds_per_token(self) -> float:
-        """What one further token adds to the pass when more of them share a first jump."""
-        return self._seconds_longer(LOOKAHEAD[-1]) / LOOKAHEAD[-1]
+        """What one further token adds to the pass at least, when more of them share a first jump."""
+        return min(self._seconds_longer(count) / count for count in LOOKAHEAD)
 
     def _rate(self, num_rows: int | None = None) -> _Rate:
         num_rows = num_rows or self._num_rows
