@@ -154,10 +154,14 @@ def what_costs_promise(
         predicted_speedup(length, length - 1, bounded, max(costs.verify_cost(1, length), 1.0))
         for length in range(2, config.kernel_size + 1)
     )
-    doubt = "" if plausible else " (not plausible: is the machine busy? The engine corrects this while it runs)"
+    doubt = (
+        ""
+        if plausible
+        else f" (its bytes say {predicted_cost:.2f}: the machine is busy, or overheads decide; the engine goes on measuring)"
+    )
     sentence = (
-        f"measured draft cost {draft_cost:.2f} of a target step ({1000 * costs.target.seconds(1):.1f} ms); correcting "
-        f"{config.kernel_size} tokens costs {costs.verify_cost(1, config.kernel_size):.2f} steps{doubt} | speed-up of one "
+        f"measured draft cost {draft_cost:.2f} of a target step ({1000 * costs.target.seconds(1):.1f} ms){doubt}; correcting "
+        f"{config.kernel_size} tokens costs {costs.verify_cost(1, config.kernel_size):.2f} steps | speed-up of one "
         f"request at most {ceiling:.2f}x{'' if plausible else ' by its bytes'}"
         f"{', more where guesses are right' if config.lookup_tokens else ''} | measured in {seconds:.1f} s"
     )
