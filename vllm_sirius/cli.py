@@ -142,11 +142,10 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm_sirius.integration.doctor import inspect_model
-    from vllm_sirius.integration.model_shape import as_on_this_platform, bytes_per_weight
 
     engine = {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
-    shape = inspect_model(given.model, given.speculative_config, engine)
-    draft = shape.draft_density(config)
+    plan = inspect_model(given.model, given.speculative_config, engine)
+    config, draft = plan.config, plan.draft_density
     length = config.kernel_size
     ceilings = {
         rate: predicted_speedup(acceptance_length(rate, length), length - 1, draft, 1.0) for rate in CEILING_ACCEPTANCE
@@ -155,12 +154,13 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
         report = {
             "model": given.model,
             "supported": True,
-            "gated_ffns": shape.num_ffns,
-            "neurons": shape.num_neurons,
-            "step_bytes": shape.step_bytes,
-            "ffn_share": shape.ffn_share,
+            "gated_ffns": len(plan.ffns),
+            "neurons": plan.num_neurons,
+            "step_bytes": plan.step_bytes,
+            "ffn_share": plan.ffn_share,
             "draft_density": draft,
-            "bytes_per_weight": bytes_per_weight(config),
+            "copied_bytes": plan.copied_bytes,
+            "kernels": plan.kernels.reason if plan.kernels.native else f"none: {plan.kernels.reason}",
             "kernel_size": length,
             "acceptance": config.acceptance,
             "preset": config.preset,
@@ -169,9 +169,11 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 0
     print(f"{given.model}: supported")
-    print(f"  gated FFNs                 {shape.num_ffns} of {shape.num_neurons} neurons")
-    print(f"  weights read per step      {shape.step_bytes / 1e9:.2f} GB, {shape.ffn_share:.1%} of them FFN")
-    print(f"  a draft step reads         {draft:.1%} of that ({_draft_name(as_on_this_platform(config))})")
+    print(f"  gated FFNs                 {len(plan.ffns)} of {plan.num_neurons} neurons")
+    print(f"  weights read per step      {plan.step_bytes / 1e9:.2f} GB, {plan.ffn_share:.1%} of them FFN")
+    how = _draft_name(config) if plan.kernels.native else f"masked: {plan.kernels.reason}"
+    print(f"  a draft step reads         {draft:.1%} of that ({how})")
+    print(f"  extra memory for copies    {plan.copied_bytes / 2**20:.1f} MiB")
     print(f"  what of a draft is kept    {_rule_name(config)}")
     print(f"  ceiling of the speed-up at kernel size {length}, if a correction pass cost no more than one dense step:")
     for rate, ceiling in ceilings.items():

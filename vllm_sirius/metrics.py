@@ -63,31 +63,11 @@ def read_counts(metrics: Iterable[Any]) -> SpeculationCounts:
     return SpeculationCounts(drafts, drafted, accepted, tuple(by_position))
 
 
-def draft_density(ffn_share: float, density: float, ffn_bytes: float = 1.0, other_bytes: float = 1.0) -> float:
-    """Part of the bytes of a dense step that a draft step reads (the paper's ``d``, section 2).
-
-    Args:
-        ffn_share: Part of the weights that a dense step reads which belongs to gated FFNs.
-        density: Part of the FFN that the draft reads.
-        ffn_bytes: Bytes of an FFN weight that the draft reads over those of the target's; below 1 for copies in few bits.
-        other_bytes: The same for all other weights.
-
-    Returns:
-        A number in (0, 1].
-    """
-    return ffn_share * density * ffn_bytes + (1.0 - ffn_share) * other_bytes
-
-
-def fine_ffn_density(density: float) -> float:
-    """Part of the FFN that fine sparsity reads: the gate is dense, up and down are not (paper section 3)."""
-    return (1.0 + 2.0 * density) / 3.0
-
-
 def effective_density(draft_step_density: float, mean_drafted: float, acceptance_length: float) -> float:
     """Weights read per emitted token against dense decoding (paper section 2, with a correction pass counted as one step).
 
     Args:
-        draft_step_density: `draft_density` of a draft step.
+        draft_step_density: Part of the bytes of a dense step that a draft step reads.
         mean_drafted: Mean draft tokens per correction pass; ``kernel_size - 1`` without adaptive length.
         acceptance_length: Mean tokens per correction pass.
 

@@ -66,3 +66,22 @@ def test_the_kernels_accept_what_the_masked_draft_accepts_v2(gpu_host, tmp_path_
         else:
             found[name] = host.generate(options, PROMPTS, SAMPLING)
     assert found["triton"] == found["masked"]
+
+
+def test_reloaded_weights_are_drafted_with_and_weighed_anew_v2(gpu_host, tmp_path_factory):
+    """Rows are views of the target's weights; the neurons' norms are derived from them."""
+    sparse = engine("llama", tmp_path_factory, speculative_config={**LOSSLESS, "sparsity": "coarse"})
+    root = tmp_path_factory.getbasetemp().parent / "tiny-models"
+    other = {**sparse, "model": str(build("llama", root, 1))}
+    expected = gpu_host.generate(other, PROMPTS, SAMPLING)
+    new_norms = gpu_host.probe(other, "support.plain_layout:norms")
+    assert gpu_host.generate(sparse, PROMPTS, SAMPLING).token_ids != expected.token_ids
+    old_norms = gpu_host.probe(sparse, "support.plain_layout:norms")
+    assert old_norms != pytest.approx(new_norms)
+    gpu_host.probe(sparse, "support.copies:reload", path=other["model"])
+    assert gpu_host.generate(sparse, PROMPTS, SAMPLING) == expected
+    assert gpu_host.probe(sparse, "support.plain_layout:norms") == pytest.approx(new_norms)
+    # Past the engine, as training frameworks do: the next draft notices it.
+    gpu_host.probe(sparse, "support.plain_layout:load_ffns", path=sparse["model"])
+    gpu_host.generate(sparse, PROMPTS, SAMPLING)
+    assert gpu_host.probe(sparse, "support.plain_layout:norms") == pytest.approx(old_norms)

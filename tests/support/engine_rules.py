@@ -16,7 +16,7 @@ MODEL_ATTRIBUTES = (
     "uses_mrope",
     "quantization",
 )
-SECTIONS = ("model_config", "parallel_config", "cache_config")
+SECTIONS = ("model_config", "parallel_config", "cache_config", "load_config")
 PLAIN = ("use_v2_model_runner", "offload_config", "speculative_config")
 
 
@@ -42,6 +42,7 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         "mrope": _verdict(config, model_config__uses_mrope=True),
         "quantization": _verdict(config, model_config__quantization="fp8"),
         "tensor": _verdict(config, parallel_config__tensor_parallel_size=2),
+        "loader": _verdict(config, load_config__load_format="tensorizer"),
         "pipeline": _verdict(config, parallel_config__pipeline_parallel_size=2),
         "context": _verdict(config, parallel_config__decode_context_parallel_size=2),
         "dbo": _verdict(config, parallel_config__enable_dbo=True),

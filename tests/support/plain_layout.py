@@ -54,6 +54,22 @@ def layout_report(llm: Any) -> dict[str, Any]:
     return report
 
 
+def norms(llm: Any) -> list[float]:
+    """What each neuron's activation is worth to the draft."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    values: list[float] = runner.speculator._selector._neuron_norms.tolist()
+    return values
+
+
+def load_ffns(llm: Any, path: str) -> None:
+    """Loads the FFNs of another folder by the model's own ``load_weights``."""
+    from safetensors.torch import load_file
+
+    weights = load_file(f"{path}/model.safetensors")
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.model.load_weights((name, weight) for name, weight in weights.items() if ".mlp." in name)
+
+
 def storage_of(tensor: torch.Tensor) -> int:
     """Address of the memory behind a tensor."""
     return tensor.untyped_storage().data_ptr()

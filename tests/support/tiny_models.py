@@ -465,7 +465,7 @@ MIXED: tuple[str, ...] = tuple(m.name for m in _MIXED)
 REFUSED: tuple[str, ...] = tuple(m.name for m in _REFUSED)
 
 
-def build(name: str, root: Path) -> Path:
+def build(name: str, root: Path, variant: int = 0) -> Path:
     """Makes one model, or returns at once if it is there already.
 
     The folder is written under a temporary name and renamed when it is complete, so a broken
@@ -474,18 +474,19 @@ def build(name: str, root: Path) -> Path:
     Args:
         name: Key of `TINY_MODELS`.
         root: Folder that holds the models; made if missing.
+        variant: Models of one name differ in their weights by it, and in nothing else.
 
     Returns:
         The model's folder: config.json, model.safetensors and a tokenizer.
     """
     tiny = TINY_MODELS[name]
-    target = root / f"{name}-{_STAMP:08x}"
+    target = root / f"{name}-{variant}-{_STAMP:08x}"
     if target.is_dir():
         return target
     root.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
     try:
-        _write_model(tiny, work)
+        _write_model(tiny, work, variant)
         _write_tokenizer(work)
         work.chmod(0o755)
         work.rename(target)
@@ -497,7 +498,7 @@ def build(name: str, root: Path) -> Path:
     return target
 
 
-def _write_model(tiny: TinyModel, folder: Path) -> None:
+def _write_model(tiny: TinyModel, folder: Path, variant: int) -> None:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
@@ -506,7 +507,7 @@ def _write_model(tiny: TinyModel, folder: Path) -> None:
     options |= {"pad_token_id": PAD_ID, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     config = getattr(transformers, tiny.config)(**options)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{tiny.name}.{_SEED}".encode()))
+        torch.manual_seed(zlib.crc32(f"{tiny.name}.{_SEED + variant}".encode()))
         if tiny.model:
             model = getattr(transformers, tiny.model)(config)
         else:

@@ -95,3 +95,13 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="gate and up must be contiguous panels"):
         panels_ffn(torch.zeros(2, 200), gate.blocks, down, "silu")
     assert panels_linear(torch.zeros(0, 200), gate).shape == (0, 32)
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (17, 129), (40, 300)])
+def test_sizes_are_known_before_panels_exist_and_panels_are_overwritten_in_place(shape):
+    panels, other = (LowBitPanels.quantise(torch.randn(shape)) for _ in range(2))
+    assert panels.num_bytes == LowBitPanels.bytes_of(*shape)
+    place = panels.blocks.data_ptr()
+    panels.take(other)
+    assert panels.blocks.data_ptr() == place
+    assert torch.equal(panels.blocks, other.blocks)

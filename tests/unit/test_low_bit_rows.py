@@ -127,3 +127,15 @@ def test_wrong_arguments_are_refused() -> None:
         LowBitRows.empty(4, (8, 0))
     with pytest.raises(ValueError, match=r"rows must be \[4, 8\], not \[4, 7\]"):
         LowBitRows.empty(4, (4, 3, 8)).fill((slice(None), 1), torch.randn(4, 7))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 65, 300])
+def test_sizes_are_known_before_rows_exist_and_rows_are_overwritten_in_place(bits, width):
+    first, second = torch.randn(2, 5, width)
+    rows, other = LowBitRows.quantise(first, bits), LowBitRows.quantise(second, bits)
+    assert rows.num_bytes == 5 * LowBitRows.bytes_of_row(bits, width)
+    places = rows.packed.data_ptr(), rows.scales.data_ptr()
+    rows.take(other)
+    assert (rows.packed.data_ptr(), rows.scales.data_ptr()) == places
+    assert torch.equal(rows.dequantise(), other.dequantise())

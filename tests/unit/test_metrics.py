@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_sirius.cli import acceptance_length
+from vllm_sirius.ffn.weights import rows_read
 from vllm_sirius.metrics import (
     SpeculationCounts,
-    draft_density,
     effective_density,
-    fine_ffn_density,
     predicted_speedup,
     read_counts,
 )
@@ -21,10 +20,12 @@ def test_effective_density_reproduces_the_papers_rows():
     assert effective_density(0.766, 15, 15.37) == pytest.approx(0.807, abs=6e-3)
 
 
-def test_draft_density_of_llama_3_8b():
-    ffn, total = 32 * 3 * 4096 * 14336, 8.03e9
-    assert draft_density(ffn / total, 0.5) == pytest.approx(0.649, abs=1e-3)
-    assert draft_density(ffn / total, fine_ffn_density(0.5)) == pytest.approx(0.766, abs=1e-3)
+@pytest.mark.parametrize(("sparsity", "density"), [("coarse", 0.649), ("fine", 0.766)])
+def test_rows_that_drafts_of_llama_3_8b_read_give_the_papers_densities(sparsity, density):
+    rows, total = 32 * rows_read(14336, 0.5, sparsity), 8.03e9
+    ffn = 32 * 3 * 4096 * 14336
+    assert (4096 * rows + total - ffn) / total == pytest.approx(density, abs=1e-3)
+    assert rows_read(14336, 0.5, "none") == 3 * 14336
 
 
 def test_speedup_of_a_free_draft_is_the_acceptance_length():
@@ -50,8 +51,3 @@ def test_acceptance_length_of_a_constant_rate():
     assert acceptance_length(0.0, 16) == 1.0
     assert acceptance_length(1.0, 16) == 16.0
     assert acceptance_length(0.5, 3) == 1.75
-
-
-def test_draft_density_of_copies_in_few_bits():
-    assert draft_density(0.6, 0.5, 0.5, 0.5) == pytest.approx(0.6 * 0.25 + 0.4 * 0.5)
-    assert draft_density(0.6, 1.0, 0.28125) == pytest.approx(0.6 * 0.28125 + 0.4)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.errors import SiriusIntegrationError, SiriusUnsupportedError
 from vllm_sirius.ffn.activation import Activation
 from vllm_sirius.ffn.backends import CoarseRowsBackend, FineRowsBackend
 from vllm_sirius.ffn.kernels.native import SWITCH, choose_kernels
@@ -218,3 +218,15 @@ def test_kernels_can_be_switched_off_and_say_why(monkeypatch):
     choice = choose_kernels(torch.float32, CPU)
     assert not choice.native
     assert choice.reason == f"{SWITCH}=0"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_kernels_are_not_compared_with_an_ffn_whose_output_is_not_finite(value):
+    """It does not compute more than the kernels; its weights are to blame."""
+    model = Model()
+    ffns = reduced(model)
+    model.layers[1].down_proj.weight[3, 4] = value
+    with pytest.raises(
+        SiriusIntegrationError, match=r"the FFN 'layers\.1' of the target gives numbers that are not finite"
+    ):
+        backend_reproduces_ffns(ffns.ffns, ffns.backend, torch.float32, CPU)

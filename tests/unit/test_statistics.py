@@ -204,3 +204,18 @@ def test_memory_is_what_the_tables_hold():
     statistics = NeuronStatistics((10, 10), 4, 8, CPU)
     assert statistics.num_bytes == (4 + 1) * 20 * 4 + 20 * 4 + 8 * 20 * 2
     assert math.isfinite(scores(statistics).sum())
+
+
+def test_after_new_weights_nothing_is_known_and_slots_stay_taken():
+    statistics = NeuronStatistics([4, 2], num_slots=3, max_pending_rows=4, device=torch.device("cpu"))
+    untouched = statistics.scores(torch.tensor([statistics.nobody])).clone()
+    slot = statistics.acquire()
+    statistics.begin_step([ObservedRows(slot, 0, 2, pending=False)])
+    for layer, size in enumerate((4, 2)):
+        statistics.observe(layer, torch.randn(2, size))
+    statistics.end_step()
+    statistics.learn_prior(slot)
+    assert not torch.equal(statistics.scores(torch.tensor([slot])), untouched)
+    statistics.forget()
+    assert torch.equal(statistics.scores(torch.tensor([slot])), untouched)
+    assert statistics.acquire() != slot

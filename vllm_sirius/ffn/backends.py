@@ -14,6 +14,7 @@ from vllm_sirius.ffn.kernels.triton import kernels as triton_kernels
 from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.ffn.low_bit import LowBitRows
 from vllm_sirius.ffn.low_bit_panels import LowBitPanels
+from vllm_sirius.ffn.weights import rows_read
 from vllm_sirius.sparsity.coarse import num_kept_neurons
 
 Rows = torch.Tensor | LowBitRows
@@ -41,6 +42,14 @@ class Backend(Protocol):
 
         Returns:
             ``[num_tokens, hidden_size]``.
+        """
+
+    def draft_bytes(self, density: float, sparsity: str) -> int:
+        """Bytes of weights that a draft step of one token reads in all FFNs.
+
+        Args:
+            density: Part of the neurons that the draft keeps.
+            sparsity: ``coarse``, ``fine`` or ``none``.
         """
 
 
@@ -88,7 +97,15 @@ class _RowsBackend:
             self.max_error = 0.05 if first.bits == 8 else 0.5
         else:
             self.max_tokens, self.max_error = 16, 0.03
-        self.num_bytes = sum(part.num_bytes if isinstance(part, LowBitRows) else part.nbytes for part in self._rows)
+        self._num_neurons = [ffn.num_neurons for ffn in ffns]
+        self.num_bytes = sum(map(_bytes_of, self._rows))
+
+    def draft_bytes(self, density: float, sparsity: str) -> int:
+        """See `Backend.draft_bytes`."""
+        return sum(
+            _bytes_read(_bytes_of(rows), size, density, sparsity)
+            for rows, size in zip(self._rows, self._num_neurons, strict=True)
+        )
 
 
 class CoarseRowsBackend(_RowsBackend):
@@ -122,10 +139,6 @@ class FineRowsBackend(_RowsBackend):
         rows: Weights of each, ``[3 * neurons, hidden_size]`` (`weights.gates_first`).
     """
 
-    def __init__(self, ffns: Sequence[GatedFFN], rows: Sequence[Rows]) -> None:
-        super().__init__(ffns, rows)
-        self._num_neurons = [ffn.num_neurons for ffn in ffns]
-
     def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Backend.whole`."""
         return self.fine(layer, hidden_states, self._num_neurons[layer])
@@ -153,6 +166,10 @@ class LowBitPanelsBackend:
         self._weights = tuple(weights)
         self._activations = [_known(ffn) for ffn in ffns]
         self.num_bytes = sum(gate_up.nbytes + down.num_bytes for gate_up, down in self._weights)
+
+    def draft_bytes(self, density: float, sparsity: str) -> int:
+        """See `Backend.draft_bytes`."""
+        return self.num_bytes
 
     def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Backend.whole`."""
@@ -184,6 +201,13 @@ class TritonBackend:
         self._activations = [_known(ffn) for ffn in ffns]
         self._gate_first = [ffn.gate_first for ffn in ffns]
         self._reductions = tuple(reductions)
+
+    def draft_bytes(self, density: float, sparsity: str) -> int:
+        """See `Backend.draft_bytes`."""
+        return sum(
+            _bytes_read(gate_up.nbytes + down_rows.nbytes, down_rows.shape[0], density, sparsity)
+            for gate_up, down_rows in self._weights
+        )
 
     def whole(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """See `Backend.whole`."""
@@ -228,6 +252,15 @@ class TritonBackend:
     def _whole(self, layer: int, output: torch.Tensor) -> torch.Tensor:
         reduce = self._reductions[layer]
         return output if reduce is None else reduce(output)
+
+
+def _bytes_of(rows: Rows) -> int:
+    return rows.num_bytes if isinstance(rows, LowBitRows) else rows.nbytes
+
+
+def _bytes_read(num_bytes: int, num_neurons: int, density: float, sparsity: str) -> int:
+    """Part of an FFN's rows, which take `num_bytes` and are all of one size."""
+    return num_bytes // (3 * num_neurons) * rows_read(num_neurons, density, sparsity)
 
 
 def _known(ffn: GatedFFN) -> str:

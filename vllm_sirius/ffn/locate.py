@@ -66,9 +66,8 @@ def locate_gated_ffns(model: nn.Module) -> list[GatedFFN]:
     Raises:
         SiriusUnsupportedError: If there is none, or if an FFN's activation is not known.
     """
-    language_model = _language_model(model)
     found = []
-    for name, module in language_model.named_modules():
+    for name, module in language_model(model).named_modules():
         lowered = f"{name}."
         if any(part in lowered for part in OTHER_MODALITIES + EXPERT_NAMES):
             continue
@@ -83,7 +82,12 @@ def locate_gated_ffns(model: nn.Module) -> list[GatedFFN]:
     return found
 
 
-def _language_model(model: nn.Module) -> nn.Module:
+def language_model(model: nn.Module) -> nn.Module:
+    """The part of a model that decodes text: the model itself unless it has other modalities.
+
+    Args:
+        model: A vLLM model.
+    """
     getter = getattr(model, "get_language_model", None)
     return getter() if callable(getter) else model
 

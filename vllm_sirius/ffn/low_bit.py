@@ -23,6 +23,8 @@ LINE_BYTES = 64
 CHUNK_WEIGHTS = 1 << 18
 """Weights quantised at once: their fp32 copies stay in the processor's cache."""
 
+SCALE_TYPES = {8: torch.float32, 4: torch.bfloat16}
+
 LEAST_SCALES = (1.0, 0.92, 0.84)
 """Scales tried at 4 bits, as part of the one that maps the largest magnitude of the span to -8."""
 
@@ -60,12 +62,21 @@ class LowBitRows:
         if len(shape) < 2 or shape[-1] < 1:
             raise ValueError(f"low-bit rows need a shape [..., rows, width >= 1], not {list(shape)}")
         *leading, width = shape
-        columns_of_line = LINE_BYTES * 8 // bits
-        num_lines = -(-width // columns_of_line)
-        packed = empty_on_huge_pages((*leading, num_lines * LINE_BYTES), torch.uint8)
-        num_scales = 1 if bits == 8 else num_lines * columns_of_line // SPAN
-        scales = empty_on_huge_pages((*leading, num_scales), torch.float32 if bits == 8 else torch.bfloat16)
+        num_bytes, num_scales = _row_sizes(bits, width)
+        packed = empty_on_huge_pages((*leading, num_bytes), torch.uint8)
+        scales = empty_on_huge_pages((*leading, num_scales), SCALE_TYPES[bits])
         return cls(bits, packed, scales, width)
+
+    @staticmethod
+    def bytes_of_row(bits: int, width: int) -> int:
+        """Bytes that one row will take, scales included.
+
+        Args:
+            bits: 8 or 4.
+            width: Columns of the row.
+        """
+        num_bytes, num_scales = _row_sizes(bits, width)
+        return num_bytes + num_scales * SCALE_TYPES[bits].itemsize
 
     @classmethod
     def quantise(cls, rows: torch.Tensor, bits: int) -> LowBitRows:
@@ -98,6 +109,15 @@ class LowBitRows:
     def row_bytes(self) -> int:
         """Bytes that reading one row takes, scales included."""
         return self.packed.shape[-1] + self.scales.shape[-1] * self.scales.element_size()
+
+    def take(self, other: LowBitRows) -> None:
+        """Overwrites these rows in place, where kernels already read them.
+
+        Args:
+            other: Rows of the same shape and bits.
+        """
+        self.packed.copy_(other.packed)
+        self.scales.copy_(other.scales)
 
     def fill(self, where: slice | tuple[slice | int, ...], rows: torch.Tensor) -> None:
         """Quantises rows into a part of these: ``fill((slice(None), 2), down.T)`` sets the down rows of an FFN.
@@ -134,6 +154,13 @@ class LowBitRows:
         """Returns the scale of every column, ``float32 [*leading, padded width]`` or ``[*leading, 1]``."""
         scales = self.scales.float()
         return scales if self.bits == 8 else scales.repeat_interleave(SPAN, dim=-1)
+
+
+def _row_sizes(bits: int, width: int) -> tuple[int, int]:
+    """Packed bytes and number of scales of a row."""
+    columns_of_line = LINE_BYTES * 8 // bits
+    num_lines = -(-width // columns_of_line)
+    return num_lines * LINE_BYTES, 1 if bits == 8 else num_lines * columns_of_line // SPAN
 
 
 def _round(rows: torch.Tensor, bits: int, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,19 +44,35 @@ class LowBitPanels:
             ValueError: As `LowBitRows.quantise`.
         """
         num_outputs, width = weight.shape
-        num_blocks = -(-width // (2 * LINE_BYTES))
-        num_panels = -(-num_outputs // OUTPUTS)
-        blocks = empty_on_huge_pages((num_panels, num_blocks, WEIGHT_LINES + 1, LINE_BYTES), torch.uint8)
+        blocks = empty_on_huge_pages(_shape(num_outputs, width), torch.uint8)
         for start in range(0, num_outputs, PACKED_OUTPUTS):
             rows = LowBitRows.quantise(weight[start : start + PACKED_OUTPUTS], 4)
             first = start // OUTPUTS
             _fill(blocks[first : first - (-rows.packed.shape[0] // OUTPUTS)], rows)
         return cls(blocks, num_outputs, width)
 
+    @staticmethod
+    def bytes_of(num_outputs: int, width: int) -> int:
+        """Bytes that a layer's copy will take, scales included.
+
+        Args:
+            num_outputs: Outputs of the layer.
+            width: Inputs of the layer.
+        """
+        return math.prod(_shape(num_outputs, width))
+
     @property
     def num_bytes(self) -> int:
         """Memory of weights and scales."""
         return self.blocks.nbytes
+
+    def take(self, other: LowBitPanels) -> None:
+        """Overwrites these panels in place, where kernels already read them.
+
+        Args:
+            other: Panels of the same shape.
+        """
+        self.blocks.copy_(other.blocks)
 
     def rows(self) -> LowBitRows:
         """The same weights and scales row by row, as the twin of the kernels reads them."""
@@ -79,6 +96,10 @@ def interleave(gate: LowBitPanels, up: LowBitPanels) -> torch.Tensor:
     together = empty_on_huge_pages((num_panels, 2, *block), torch.uint8)
     together[:, 0], together[:, 1] = gate.blocks, up.blocks
     return together.flatten(0, 1)
+
+
+def _shape(num_outputs: int, width: int) -> tuple[int, int, int, int]:
+    return -(-num_outputs // OUTPUTS), -(-width // (2 * LINE_BYTES)), WEIGHT_LINES + 1, LINE_BYTES
 
 
 def _fill(blocks: torch.Tensor, rows: LowBitRows) -> None:

@@ -41,10 +41,14 @@ def backend_reproduces_ffns(
         backend: The kernels.
         dtype: The model's dtype.
         device: Where it lives.
+
+    Raises:
+        SiriusIntegrationError: If an FFN of the model gives values that are not finite.
     """
     for layer, ffn in enumerate(ffns):
         hidden_states = _random_hidden_states(ffn.hidden_size, dtype, device)
         dense = ffn.module(hidden_states).float()
+        _check_finite(f"the FFN {ffn.name!r}", dense, dtype)
         whole = backend.whole(layer, hidden_states).float()
         if not float((dense - whole).norm()) <= backend.max_error * float(dense.norm()):
             return False
@@ -84,7 +88,7 @@ def _difference_of_ffn(ffns: ReducedFFNs, layer: int, dtype: torch.dtype, device
     ffn = ffns.ffns[layer]
     hidden_states = _random_hidden_states(ffn.hidden_size, dtype, device)
     dense = ffn.module(hidden_states)
-    _check_finite(f"the FFN {ffn.name!r}", dense)
+    _check_finite(f"the FFN {ffn.name!r}", dense, dtype)
     with ffns.draft_mode():
         draft = ffn.module(hidden_states)
     difference = _difference(dense, draft)
@@ -128,7 +132,7 @@ def _check_linear(
 ) -> None:
     inputs = _random_hidden_states(width, dtype, device)
     dense = _output(run(inputs))
-    _check_finite(f"the layer {name!r}", dense)
+    _check_finite(f"the layer {name!r}", dense, dtype)
     with ffns.draft_mode():
         draft = _output(run(inputs))
     difference, expected = _difference(dense, draft), _difference(dense, run_copy(inputs))
@@ -159,11 +163,12 @@ def _check_pass(ffns: ReducedFFNs, draft_forward: Callable[[], object]) -> None:
         raise SiriusIntegrationError(f"self-test: a draft pass did not run the lm_head on its copy: {REMEDY}")
 
 
-def _check_finite(what: str, output: torch.Tensor) -> None:
+def _check_finite(what: str, output: torch.Tensor, dtype: torch.dtype) -> None:
+    """Weights that are not finite are refused when they are loaded; those that are can still be too large for the dtype."""
     if not bool(output.isfinite().all()):
         raise SiriusIntegrationError(
             f"self-test: {what} of the target gives numbers that are not finite: its weights hold NaN or infinity, or are "
-            f"too large for {output.dtype}. Check the checkpoint, or serve it with another dtype."
+            f"too large for {dtype}. Check the checkpoint, or serve it with another dtype."
         )
 
 

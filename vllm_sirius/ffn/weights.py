@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
+from vllm_sirius.sparsity.coarse import num_kept_neurons
 
 Index = slice | tuple[slice | int, ...]
 
@@ -65,15 +66,53 @@ def neuron_rows(
         The rows, contiguous.
     """
     hidden_size, num_neurons = down.shape
-    halves = gate_up.split(num_neurons)
-    gate, up = halves if gate_first else halves[::-1]
     place = layout(num_neurons, hidden_size)
-    if down.is_cpu:
-        rows = empty_on_huge_pages(place.shape, down.dtype)
-    else:
-        rows = torch.empty(place.shape, dtype=down.dtype, device=down.device)
-    rows[place.gate], rows[place.up], rows[place.down] = gate, up, down.t()
+    rows = empty_rows(place, down)
+    for where, values in (*gate_up_rows(place, gate_up, gate_first), (place.down, down.t())):
+        rows[where] = values
     return rows
+
+
+def empty_rows(place: RowLayout, like: torch.Tensor) -> torch.Tensor:
+    """Allocates the rows of an FFN.
+
+    Args:
+        place: Their layout.
+        like: A weight with their dtype and device.
+    """
+    if like.is_cpu:
+        return empty_on_huge_pages(place.shape, like.dtype)
+    return torch.empty(place.shape, dtype=like.dtype, device=like.device)
+
+
+def gate_up_rows(place: RowLayout, gate_up: torch.Tensor, gate_first: bool) -> list[tuple[Index, torch.Tensor]]:
+    """Where the two halves of a merged projection go.
+
+    Args:
+        place: The layout of the rows.
+        gate_up: Merged projection, ``[2 * neurons, hidden]``.
+        gate_first: Whether the gate is its first half.
+
+    Returns:
+        Index in the rows and ``[neurons, hidden]``, of the gate and of up.
+    """
+    first, second = gate_up.split(gate_up.shape[0] // 2)
+    gate, up = (first, second) if gate_first else (second, first)
+    return [(place.gate, gate), (place.up, up)]
+
+
+def rows_read(num_neurons: int, density: float, sparsity: str) -> int:
+    """Weight rows of an FFN that a draft step of one token reads, of the three that each neuron has.
+
+    Args:
+        num_neurons: Neurons of the FFN.
+        density: Part of them that the draft keeps.
+        sparsity: ``coarse``; ``fine``, which reads all gates; or ``none``, which reads everything.
+    """
+    if sparsity == "none":
+        return 3 * num_neurons
+    kept = num_kept_neurons(density, num_neurons)
+    return 3 * kept if sparsity == "coarse" else num_neurons + 2 * kept
 
 
 def store_as_rows(down: nn.Module) -> torch.Tensor:

@@ -21,13 +21,13 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_sirius.errors import ModelError, SiriusError, one_line
-from vllm_sirius.ffn.kernels.native import choose_kernels
-from vllm_sirius.ffn.locate import locate_gated_ffns
-from vllm_sirius.integration.model_shape import ModelShape, measure_shape
+from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
+from vllm_sirius.ffn.locate import GatedFFN
+from vllm_sirius.integration.draft_plan import DraftPlan, choose_packed_kernels, plan_draft, why_no_kernel
 from vllm_sirius.integration.speculative_config import METHOD
 
 
-def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> ModelShape:
+def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> DraftPlan:
     """Judges a model as serving it would, short of loading weights.
 
     Args:
@@ -36,7 +36,7 @@ def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str,
         engine_options: Further arguments of `EngineArgs`, for example ``trust_remote_code``.
 
     Returns:
-        Its shape.
+        What its drafts will copy and read.
 
     Raises:
         SiriusConfigError: If an option is bad.
@@ -58,7 +58,7 @@ def _reason_in_one_line(model: str) -> Iterator[None]:
         raise ModelError(f"vLLM cannot serve {model}: {one_line(error)}") from error
 
 
-def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> ModelShape:
+def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> DraftPlan:
     engine_args = EngineArgs(
         model=model, enforce_eager=True, speculative_config={"method": METHOD, **options}, **engine_options
     )
@@ -71,10 +71,17 @@ def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]
         try:
             with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
                 built = initialize_model(vllm_config=vllm_config)
-            return measure_shape(built, locate_gated_ffns(built))
+            return plan_draft(vllm_config, built, _choose_kernels, packed=current_platform.is_cpu())
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
+
+
+def _choose_kernels(vllm_config: Any, ffns: list[GatedFFN]) -> KernelChoice:
+    if current_platform.is_cpu():
+        return choose_packed_kernels(vllm_config, ffns)
+    reason = why_no_kernel(ffns)
+    return KernelChoice(not reason, reason or "triton")
 
 
 def describe_engine(engine: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def describe_engine(engine: dict[str, Any]) -> dict[str, Any]:
         ModelError: If vLLM itself cannot serve the model.
     """
     further = {key: value for key, value in engine.items() if key != "model"}
-    shape = inspect_model(engine["model"], {}, further)
+    plan = inspect_model(engine["model"], {}, further)
     with _reason_in_one_line(engine["model"]):
         config = EngineArgs(**engine, enforce_eager=True).create_engine_config()
     model, parallel = config.model_config, config.parallel_config
@@ -107,6 +114,6 @@ def describe_engine(engine: dict[str, Any]) -> dict[str, Any]:
         "no_low_bit": no_low_bit,
         "max_model_len": model.max_model_len,
         "kv_bytes_per_token": 2 * heads * model.get_head_size() * model.dtype.itemsize,
-        "step_bytes": shape.step_bytes,
-        "ffn_share": shape.ffn_share,
+        "step_bytes": plan.step_bytes,
+        "ffn_share": plan.ffn_share,
     }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.self_test import NUM_TOKENS
 from vllm_sirius.integration.compiled_draft import can_compile, clone_draft
 from vllm_sirius.integration.draft_norms import switch_norms
+
+logger = init_logger("vllm.sirius")
 
 
 class DraftModel:
@@ -89,6 +93,11 @@ class DraftModel:
         Args:
             device: Where the model lives.
         """
+        if self.compiled:
+            logger.info("Sirius: compiles the draft, a clone of the model; this can take minutes")
+        started = time.perf_counter()
         token_ids = torch.zeros(NUM_TOKENS, dtype=torch.int32, device=device)
         positions = torch.arange(NUM_TOKENS, dtype=torch.int64, device=device)
         self.compute_logits(self.forward(token_ids, positions, None))
+        if self.compiled:
+            logger.info("Sirius: compiled the draft in %.1f s", time.perf_counter() - started)

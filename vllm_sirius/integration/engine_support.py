@@ -45,6 +45,9 @@ def _copied_weights(config: Any) -> str | None:
     return f"draft_weights={knobs.draft_weights!r}"
 
 
+OWN_WAY_FORMATS = ("ipc_cache", "modelexpress", "tensorizer")
+"""Load formats of vLLM whose loaders do not build and process a model as `BaseModelLoader.load_model` does."""
+
 Rule = tuple[Callable[[Any], Any], str]
 """Reads the offending value out of a `VllmConfig` (falsy if there is none), and says reason and remedy with ``{value}``."""
 
@@ -93,6 +96,15 @@ RULES: tuple[Rule, ...] = (
     (
         lambda c: c.model_config.quantization,
         "quantization={value!r}: the FFN rows of quantised weights cannot be read yet; serve the unquantised checkpoint.",
+    ),
+    (
+        lambda c: (
+            current_platform.is_cpu() and c.load_config.load_format in OWN_WAY_FORMATS and c.load_config.load_format
+        ),
+        (
+            "load_format={value!r}: its loader builds the model and fills it in its own way, so that the draft's copies cannot "
+            "be made of the plain weights; use load_format 'auto', 'safetensors', 'sharded_state' or 'runai_streamer'."
+        ),
     ),
     (
         lambda c: c.parallel_config.pipeline_parallel_size > 1 and c.parallel_config.pipeline_parallel_size,

@@ -18,11 +18,12 @@ from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.ffn.backends import TritonBackend
 from vllm_sirius.ffn.kernels.native import KernelChoice, choose_triton
 from vllm_sirius.ffn.kernels.triton.statistics import observe_ffn
-from vllm_sirius.ffn.locate import GatedFFN, locate_gated_ffns
+from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.ffn.weights import neuron_norms, store_as_rows
-from vllm_sirius.integration.model_shape import measure_shape
-from vllm_sirius.integration.speculative_config import resolve_draft
-from vllm_sirius.integration.target import LoadedTarget, check_activations, with_true_kernels
+from vllm_sirius.integration.draft_plan import DraftPlan, plan_draft, why_no_kernel
+from vllm_sirius.integration.finite_weights import check_layers
+from vllm_sirius.integration.reload import TargetReload
+from vllm_sirius.integration.target import LoadedTarget, with_true_kernels
 
 
 def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
@@ -39,9 +40,8 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
         SiriusUnsupportedError: If the model has no gated FFN, or one whose weights cannot be read.
     """
     given = vllm_config.speculative_config.sirius
-    config = resolve_draft(vllm_config, copies=False)
-    ffns = locate_gated_ffns(model)
-    check_activations(config, ffns)
+    plan = plan_draft(vllm_config, model, lambda _, ffns: _choose_kernels(ffns), packed=False)
+    config, ffns, kernels = plan.config, plan.ffns, plan.kernels
     if config.target_kernels == "sirius":
         raise SiriusUnsupportedError(
             "target_kernels='sirius' is for CPU: use 'auto' or 'vllm', which are the same here."
@@ -52,11 +52,11 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
         )
     for ffn in ffns:
         _check_readable(ffn)
-    shape = measure_shape(model, ffns)
+    check_layers(_layers(plan), model)
     norms = torch.cat([neuron_norms(_weight(ffn.down)) for ffn in ffns])
-    kernels = _choose_kernels(ffns)
+    reload = TargetReload(model, lambda: _measure_norms(plan, model, norms), version=lambda: _version(ffns))
     if not kernels.native:
-        return LoadedTarget(model, ffns, shape, norms, None, kernels)
+        return LoadedTarget(model, plan, norms, None, kernels, reload)
     backend = TritonBackend(
         ffns,
         [_weight(ffn.gate_up) for ffn in ffns],
@@ -64,8 +64,25 @@ def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:
         [_reduction(ffn.down) for ffn in ffns],
     )
     backend.warm_up(config.density, config.sparsity == "fine")
-    target = LoadedTarget(model, ffns, shape, norms, backend, kernels, observe_ffn)
+    target = LoadedTarget(model, plan, norms, backend, kernels, reload, observe_ffn)
     return with_true_kernels(target, vllm_config, given)
+
+
+def _measure_norms(plan: DraftPlan, model: nn.Module, norms: torch.Tensor) -> None:
+    """Overwrites the neurons' norms in place: the one thing that is derived from shared weights."""
+    for ffn, part in zip(plan.ffns, norms.split([ffn.num_neurons for ffn in plan.ffns]), strict=True):
+        part.copy_(neuron_norms(_weight(ffn.down)))
+    check_layers(_layers(plan), model)
+
+
+def _version(ffns: list[GatedFFN]) -> int:
+    """Changes when a weight is written to in place, as a reload of weights in the engine's own format does."""
+    weights: list[Any] = [ffn.down.weight for ffn in ffns]
+    return sum(0 if weight.is_inference() else weight._version for weight in weights)
+
+
+def _layers(plan: DraftPlan) -> dict[str, Any]:
+    return {f"{ffn.name}.{part}": getattr(ffn, part) for ffn in plan.ffns for part in ("gate_up", "down")}
 
 
 def _weight(layer: Any) -> torch.Tensor:
@@ -95,8 +112,7 @@ def _reduction(down: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 
 def _choose_kernels(ffns: list[GatedFFN]) -> KernelChoice:
-    if any(ffn.activation is None for ffn in ffns):
-        return KernelChoice(False, "activation without a kernel")
-    if any(getattr(layer, "bias", None) is not None for ffn in ffns for layer in (ffn.gate_up, ffn.down)):
-        return KernelChoice(False, "FFN with bias")
+    reason = why_no_kernel(ffns)
+    if reason:
+        return KernelChoice(False, reason)
     return choose_triton(_weight(ffns[0].gate_up))

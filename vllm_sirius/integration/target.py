@@ -21,7 +21,8 @@ from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
 from vllm_sirius.integration.draft_model import DraftModel
-from vllm_sirius.integration.model_shape import ModelShape
+from vllm_sirius.integration.draft_plan import DraftPlan
+from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.speculative_config import draft_masked, sirius_config
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.selector import NeuronSelector
@@ -41,44 +42,30 @@ class LoadedTarget:
 
     Attributes:
         model: The loaded model.
-        ffns: Its gated FFNs.
-        shape: Its sizes.
+        plan: Its parts, and what was to be copied.
         neuron_norms: ``||down_j||**2`` of every neuron of every layer, one after the other, ``float32``.
         backend: Kernels bound to the weights, or ``None`` where no native kernel can be used.
         kernels: What computes the reduced FFNs, for the start-up line.
+        reload: Makes what was derived from the weights again when they change.
         linears: Further layers that drafts run on copies in few bits.
         target_kernels: What runs the target's own linear layers.
         observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
     """
 
     model: nn.Module
-    ffns: list[GatedFFN]
-    shape: ModelShape
+    plan: DraftPlan
     neuron_norms: torch.Tensor
     backend: Backend | None
     kernels: KernelChoice
+    reload: TargetReload
     observe: ObserveKernel | None = None
     linears: LowBitLinears | None = None
     target_kernels: TargetKernels = UPSTREAM_KERNELS
 
-
-def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
-    """Refuses fine sparsity for activations that hide the gate.
-
-    Args:
-        config: The knobs.
-        ffns: The target's FFNs.
-
-    Raises:
-        SiriusUnsupportedError: If there is such an activation.
-    """
-    unknown = next((ffn for ffn in ffns if ffn.activation is None), None)
-    if unknown is not None and config.sparsity == "fine":
-        kind = type(getattr(unknown.module, unknown.activation_name)).__name__
-        raise SiriusUnsupportedError(
-            f"sparsity='fine' needs the gate of each neuron, which the activation {kind} of the FFN {unknown.name!r} does not "
-            "show: use sparsity='coarse'."
-        )
+    @property
+    def ffns(self) -> list[GatedFFN]:
+        """Its gated FFNs."""
+        return self.plan.ffns
 
 
 def with_true_kernels(target: LoadedTarget, vllm_config: Any, given: SiriusConfig) -> LoadedTarget:
@@ -107,6 +94,7 @@ def with_true_kernels(target: LoadedTarget, vllm_config: Any, given: SiriusConfi
             "kernels do not know: use draft_weights='shared'."
         )
     draft_masked(vllm_config, given)
+    target.reload.drop_copies()
     kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
     return replace(target, backend=None, linears=None, kernels=kernels)
 
@@ -140,7 +128,8 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
         )
         selection = CoarseSelection(sizes, config.density, vllm_config.model_config.dtype, device)
         selector = NeuronSelector(statistics, selection, target.neuron_norms if config.refresh else None)
-        selector.select(torch.full((1,), statistics.nobody, dtype=torch.int64, device=device))
+        selector.forget()
+        target.reload.call_after(selector.forget)
     density = 1.0 if config.sparsity == "none" else config.density
     # With fixed lengths and without guesses nothing hangs on time, so that outputs can be repeated.
     learns = target.backend is not None and device.type == "cpu" and (config.adaptive or config.lookup_tokens > 0)
@@ -168,13 +157,13 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     config = sirius_config(vllm_config.speculative_config)
     assert config is not None
     dtype = vllm_config.model_config.dtype
-    predicted_cost = target.shape.draft_density(config) if target.kernels.native else 1.0
+    predicted_cost = target.plan.counted_density(ffns.backend, ffns.linears)
     draft = DraftModel(target.model, ffns, vllm_config, predicted_cost)
     with set_current_vllm_config(vllm_config):
         difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
     by_batch = vllm_config.speculative_config.adaptive_lengths is not None
     adaptive = by_batch if vllm_config.use_v2_model_runner else config.adaptive
-    _announce(config, adaptive, target.shape, ffns.num_bytes, target.kernels, difference)
+    _announce(config, adaptive, target, ffns, difference)
     logger.info(
         "Sirius: the target's linear layers run on %s (%s)",
         "Sirius's kernel" if target.target_kernels.panels else "vLLM's kernels",
@@ -183,9 +172,7 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     return draft
 
 
-def _announce(
-    config: SiriusConfig, adaptive: bool, shape: ModelShape, num_bytes: int, kernels: KernelChoice, difference: float
-) -> None:
+def _announce(config: SiriusConfig, adaptive: bool, target: LoadedTarget, ffns: ReducedFFNs, difference: float) -> None:
     """Says at start-up what will run and what it costs, in one line; `adaptive` if draft lengths really adapt."""
     rule = "lossless" if config.lossless else f"threshold {config.threshold:g} (lossy)"
     refreshed = ", refreshed" if config.sparsity == "coarse" and config.refresh else ""
@@ -193,22 +180,23 @@ def _announce(
     if config.draft_bits is not None:
         what += f", {config.draft_weights} {config.draft_weights_scope}"
     preset = "" if config.preset is None else f"preset {config.preset}, "
-    kept = shape.draft_density(config)
+    plan, kernels = target.plan, target.kernels
+    kept = plan.counted_density(ffns.backend, ffns.linears)
     logger.info(
         "Sirius: %d gated FFNs of %d neurons, %s | %skernel size %d%s, %s | extra memory %.1f MiB | FFN is "
         "%.0f%% of a step's bytes, a draft step keeps %.0f%% of the bytes, predicted draft cost %.2f of a target step (%s) | "
         "self-test: draft differs from target by %.1f%%",
-        shape.num_ffns,
-        shape.num_neurons,
+        len(plan.ffns),
+        plan.num_neurons,
         what,
         preset,
         config.kernel_size,
         ", adaptive" if adaptive else "",
         rule,
-        num_bytes / 2**20,
-        100 * shape.ffn_share,
+        ffns.num_bytes / 2**20,
+        100 * plan.ffn_share,
         100 * kept,
-        kept if kernels.native else 1.0,
+        kept,
         f"native kernels, {kernels.reason}" if kernels.native else f"masked dense FFN: {kernels.reason}",
         100 * difference,
     )

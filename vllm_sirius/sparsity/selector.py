@@ -33,3 +33,9 @@ class NeuronSelector:
         """
         scores = self.statistics.scores(slots)
         self.selection.select(scores if self._neuron_norms is None else scores * self._neuron_norms)
+
+    def forget(self) -> None:
+        """Starts over, because the weights are others now."""
+        self.statistics.forget()
+        nobody = torch.full((1,), self.statistics.nobody, dtype=torch.int64, device=self.statistics.weight.device)
+        self.select(nobody)

@@ -68,9 +68,8 @@ class NeuronStatistics:
         total = sum(self.layer_sizes)
         self.tables = torch.zeros(num_slots + 1, total, device=device)
         self.weight = torch.zeros(num_slots + 1, device=device)
-        self.prior = torch.ones(total, device=device)
-        for offset, size in zip(self.offsets, self.layer_sizes, strict=True):
-            self.prior[offset : offset + size] /= size
+        self.prior = torch.empty(total, device=device)
+        self._forget_prior()
         self._pending = torch.zeros(max_pending_rows, total, dtype=torch.bfloat16, device=device)
         # First row and number of rows of each slot in the pending table.
         self._pending_place = torch.zeros(2, num_slots + 1, dtype=torch.int64, device=device)
@@ -121,6 +120,17 @@ class NeuronStatistics:
         torch.mul(self.prior, weight, out=self.tables[slot])
         self.weight[slot] = weight
         self._pending_place[1, slot] = 0
+
+    def forget(self) -> None:
+        """Forgets all that activations taught, because the weights are others now; running requests keep their slots."""
+        self.tables.zero_()
+        self.weight.zero_()
+        self._pending_place.zero_()
+        self._forget_prior()
+
+    def _forget_prior(self) -> None:
+        for offset, size in zip(self.offsets, self.layer_sizes, strict=True):
+            self.prior[offset : offset + size] = 1.0 / size
 
     def release(self, slot: int) -> None:
         """Returns a finished request's slot."""

@@ -16,6 +16,7 @@ from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_packed import load_target
 from vllm_sirius.integration.measure_costs import measure_costs
+from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.runner_v1.attention import make_repeatable
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
@@ -35,6 +36,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
     drafter: SiriusProposer
     draft_model: DraftModel
     rejection_sampler: Any
+    _reload: TargetReload
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         config = sirius_config(vllm_config.speculative_config)
@@ -53,12 +55,19 @@ class SiriusCPUModelRunner(CPUModelRunner):
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Loads the target and makes it its own drafter; upstream's version would load it without the FFN check."""
         if load_dummy_weights:
-            super().load_model(load_dummy_weights)
-            return
+            self.load_config.load_format = "dummy"
         target = load_target(self.vllm_config)
         self.model = target.model
+        self._reload = target.reload
         self.drafter.attach(target)
         self.draft_model = make_draft(target, self.drafter.ffns, self.vllm_config, torch.device("cpu"))
+
+    def reload_weights(
+        self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True
+    ) -> None:
+        """As upstream, and the draft's copies are made again."""
+        with self._reload.loading(is_checkpoint_format):
+            super().reload_weights(weights_iterator, weights_path, is_checkpoint_format)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """As upstream, if the draft can write all of it."""

@@ -22,3 +22,10 @@ class SiriusCPUModelRunnerV2(CPUModelRunner):
             target = load_target(self.vllm_config)
         self.speculator.expect(target)
         super().load_model(load_dummy_weights, *args, model=target.model, **kwargs)
+
+    def reload_weights(
+        self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True
+    ) -> None:
+        """As upstream, and the draft's copies are made again."""
+        with self.speculator.reload.loading(is_checkpoint_format):
+            super().reload_weights(weights_iterator, weights_path, is_checkpoint_format)

@@ -29,6 +29,7 @@ from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_plain import read_target
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
 from vllm_sirius.integration.measure_costs import measure_costs
+from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.runner_v2.model_state import mix_into
 from vllm_sirius.integration.runner_v2.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.runner_v2.request_state import SiriusRequestState
@@ -53,6 +54,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         self.config = config
         self.table = DraftTable(self.max_num_reqs, device)
         self.ffns: ReducedFFNs
+        self.reload: TargetReload
         self._target: LoadedTarget | None = None
         self._selector: NeuronSelector | None = None
         self._state: SiriusRequestState
@@ -106,6 +108,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         """
         target = self._target or read_target(target_model, self.vllm_config)
         self._target = None
+        self.reload = target.reload
         self.model: Any = target_model
         # No layer belongs to the draft alone: the runner must treat all of them as the target's.
         self.draft_attn_layer_names: set[str] = set()
@@ -198,6 +201,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         """
         num_reqs = input_batch.num_reqs
         num_steps = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        self.reload.refresh_if_stale()
         if not dummy_run:
             self._state.check_room(input_batch, num_steps, self.block_tables)
             self._state.end_pass(input_batch, num_sampled)

@@ -1,0 +1,124 @@
+"""Weights that are loaded again into a running engine. Attaches to ``vllm.model_executor.model_loader.reload``.
+
+Upstream overwrites a model's weights in place, layer by layer, and processes each layer anew; whoever derived something from
+the old weights has to make it again. All ways that bring weights in the format of a checkpoint call the model's
+``load_weights``, which is therefore watched on this one model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+from vllm_sirius.errors import SiriusUnsupportedError
+
+
+class Copies(Protocol):
+    """Copies of weights that can be made only while a layer is loaded, because it is packed afterwards."""
+
+    def begin(self) -> None:
+        """Before weights are loaded again."""
+
+    def drop(self) -> None:
+        """Gives the memory back: no draft reads the copies."""
+
+
+class TargetReload:
+    """Makes what was derived from a target's weights again when they change.
+
+    Args:
+        model: The target, loaded.
+        remake: Makes everything again, in place, once weights were loaded.
+        copies: Copies that are made while weights load, or ``None`` where the weights stay plain.
+        version: Tells by another number that plain weights were overwritten without ``load_weights``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        remake: Callable[[], None],
+        copies: Copies | None = None,
+        version: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._remake = remake
+        self._copies = copies
+        self._version = version
+        self._seen_version: int | None = None
+        self._loading = False
+        self._stale = False
+        self._after: list[Callable[[], None]] = []
+        self._watch(model)
+
+    def drop_copies(self) -> None:
+        """Gives the memory of the copies back."""
+        if self._copies is not None:
+            self._copies.drop()
+
+    def call_after(self, forget: Callable[[], None]) -> None:
+        """Registers what else must forget the old weights.
+
+        Args:
+            forget: Called each time that everything was made again.
+        """
+        self._after.append(forget)
+
+    @contextmanager
+    def loading(self, is_checkpoint_format: bool) -> Iterator[None]:
+        """Around upstream's ``reload_weights``.
+
+        Args:
+            is_checkpoint_format: What upstream is told.
+
+        Raises:
+            SiriusUnsupportedError: If the copies could not be made again; nothing is loaded then. After loading, if a weight
+                is not finite.
+        """
+        if self._copies is not None and not is_checkpoint_format:
+            raise SiriusUnsupportedError(
+                "reload_weights(is_checkpoint_format=False): vLLM keeps weights packed on CPU, and the draft's copies are made "
+                "of plain ones: reload with is_checkpoint_format=True, or start a new engine."
+            )
+        if self._copies is not None:
+            self._copies.begin()
+        self._loading = True
+        try:
+            yield
+        finally:
+            self._loading = False
+        self.refresh()
+
+    def refresh_if_stale(self) -> None:
+        """Makes everything again if weights were loaded in another way than by `loading`."""
+        version = self._version()
+        if self._seen_version is None:
+            self._seen_version = version
+        if self._stale or version != self._seen_version:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Makes everything again."""
+        self._stale, self._seen_version = False, self._version()
+        try:
+            self._remake()
+        finally:
+            for forget in self._after:
+                forget()
+
+    def _watch(self, model: Any) -> None:
+        load_weights = model.load_weights
+
+        @functools.wraps(load_weights)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._copies is not None and not self._loading:
+                raise SiriusUnsupportedError(
+                    "the model's load_weights was called in a running engine: on CPU the draft reads copies, which follow "
+                    "new weights only through reload_weights; call collective_rpc('reload_weights', ...) or start a new engine."
+                )
+            self._stale = True
+            return load_weights(*args, **kwargs)
+
+        model.load_weights = watched
