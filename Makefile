@@ -36,9 +36,9 @@ LARGE_MODEL := qwen2.5-coder-1.5b-instruct
 # A copy of the installed vLLM with the patches of patches/, and the tests that run on it.
 PATCHED := $(CURDIR)/build/patched-vllm
 PATCHED_TESTS := $(addprefix tests/e2e/test_,$(addsuffix .py,patched_copy lossless limits sampling kv_pages refusals doors))
-PATCHED_V1 := test_sampling or ragged_batch or batches_of_four or prefix_cache or preemption or density_of_one \
+PATCHED_V1 := test_sampling or ragged_batch or ragged_queue or prefix_cache or preemption or density_of_one \
 	or switch_sirius or bad_request or setup_is_refused
-PATCHED_V2 := batches_of_four or bad_request or threshold_of_zero
+PATCHED_V2 := ragged_queue or bad_request or threshold_of_zero
 PATCHED_CHOICE := patched_copy or flags_and_json or run_batch or (v1 and ($(PATCHED_V1))) or (v2 and ($(PATCHED_V2)))
 
 # Without MODEL the larger model is measured and the smaller one is its draft model.
