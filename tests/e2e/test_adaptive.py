@@ -34,8 +34,9 @@ def test_drafts_that_cost_a_target_step_are_not_made(host):
     host.probe(engine(), "support.probes:fix_costs", draft=1.0)
     found = host.generate(engine(), prompts, SAMPLING)
     assert found.token_ids == reference
-    # Steps 2, 6, 14 and 30 try two tokens each, to see whether it is true.
-    assert found.num_draft_tokens <= 4 * 2 * len(prompts)
+    # Steps 2, 6, 14 and 30 try a few tokens each, to see whether it is true.
+    assert found.num_drafts <= 4 * len(prompts)
+    assert found.num_draft_tokens <= 4 * found.num_drafts
 
 
 @only_v1
