@@ -1,5 +1,7 @@
 """A compiled engine drafts through a compiled clone of the target, which is reduced, shares its memory and has its own key."""
 
+import re
+
 import pytest
 from support.engine_host import EngineHost
 from support.real_models import SMOL, mixed_prompts, model_path
@@ -18,9 +20,14 @@ def test_compiled_and_eager_drafts_are_the_same_v1():
     prompts = mixed_prompts(SMOL, 4)
     found = {}
     with EngineHost() as host:
+        host.probe_static("support.start_lines:listen")
         for eager in (True, False):
             engine = {**ENGINE, "enforce_eager": eager, "speculative_config": LOSSLESS}
             found[eager] = host.generate(engine, prompts, SAMPLING)
+            # Compiling takes long enough to be announced, and to be told when it is over.
+            lines = host.probe_static("support.start_lines:heard")
+            said = [line for line in lines if re.match(r"Sirius: compile(s the draft|d the draft in [\d.]+ s$)", line)]
+            assert len(said) == (0 if eager else 2)
             report = host.probe(engine, "support.probes:compiled_draft_report")
             assert report["compiled"] == (not eager)
             assert report["shared_parameters"] == report["parameters"]
