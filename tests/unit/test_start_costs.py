@@ -13,6 +13,7 @@ from vllm_sirius.drafting.start_costs import (
     LONG_PASS,
     MOST_SECONDS,
     MOST_TOKENS,
+    MOST_WARM_UP_SECONDS,
     is_plausible,
     measure_by_turns,
     passes_to_measure,
@@ -104,9 +105,9 @@ def test_what_the_bytes_rule_out_is_measured_again(held_up):
 def test_a_start_stays_short(step, slow):
     machine = Machine(step, lambda *_: slow)
     machine.measure(4096, 2048)
-    # A warm-up of passes below the limit and of one beyond it, and the rounds.
+    # A warm-up and rounds, each of which may end with a long pass of either kind.
     longest = max(machine.true(one) * slow for one in machine.ran)
-    assert machine.now < 8 * LONG_PASS + 2 * longest + 2 * MOST_SECONDS
+    assert machine.now < MOST_WARM_UP_SECONDS + 8 * LONG_PASS + 4 * longest + 2 * MOST_SECONDS
 
 
 def costs(draft, token=0.05):
@@ -130,6 +131,21 @@ def test_no_more_is_promised_than_the_bytes_allow(draft):
     assert float(found[1]) <= 16 / (15 * PREDICTED + 1.0) + 0.01
     assert ("its bytes say 0.30" in said) == (draft < 0.5 * PREDICTED)
     assert warning is None
+
+
+def test_passes_of_one_request_are_measured_on_a_slow_machine_too():
+    """A target step of half a second once was the only one; a check then seemed to cost sixteen."""
+    machine = Machine(0.5)
+    found = machine.measure()
+    assert {1, 2, 4, 8, 16} <= {int(size) for size in found.target.as_dict()}
+    assert found.verify_cost(1, 16) == pytest.approx(1.32 / 1.02)
+    assert what_costs_promise(found, CONFIG, PREDICTED, 1.0)[1] is None
+
+
+def test_what_was_not_measured_is_no_reason_to_warn():
+    said, warning = what_costs_promise(StepCosts({1: 2.0}, {1: 6.0}), CONFIG, PREDICTED, 1.0)
+    assert warning is None
+    assert "at most 2.67x" in said
 
 
 def test_a_measurement_that_cannot_be_true_is_no_reason_to_warn():

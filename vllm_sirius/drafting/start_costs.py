@@ -22,6 +22,10 @@ MOST_TOKENS = 512
 LONG_PASS = 0.5
 """Larger passes, and those beyond the first that takes so many seconds, are learnt when they run: a start must be short."""
 
+USUAL_TOKENS = 16
+MOST_WARM_UP_SECONDS = 6.0
+"""Up to so many tokens all passes are measured, unless they have taken so long already."""
+
 ROUNDS = 3
 FURTHER_ROUNDS = 3
 """Rounds in which every pass has its turn, after one that warms up: always, and while what they gave is not plausible."""
@@ -107,7 +111,8 @@ def _warm_up(passes: Sequence[Pass], seconds_of: Callable[[Pass], float]) -> tup
     for one in passes:
         if one.draft not in long:
             found[one] = seconds_of(one)
-            if found[one] > LONG_PASS:
+            late = sum(found.values()) > MOST_WARM_UP_SECONDS
+            if found[one] > LONG_PASS and (one.size >= USUAL_TOKENS or late):
                 long.add(one.draft)
     # A pass that is long even at the smallest size is worth a second look all the same.
     smallest = {next(one for one in passes if one.draft is kind) for kind in (True, False)}
@@ -150,8 +155,12 @@ def what_costs_promise(
     plausible = is_plausible(costs, predicted_cost)
     # Bytes bound what can be gained: where a draft step seems cheaper, the target was held up.
     bounded = max(draft_cost, predicted_cost) if plausible else predicted_cost
+    largest = max(map(int, costs.target.as_dict()))
     ceiling = max(
-        predicted_speedup(length, length - 1, bounded, max(costs.verify_cost(1, length), 1.0))
+        # What a pass costs that was not measured is not known: then the bound is that it costs no more.
+        predicted_speedup(
+            length, length - 1, bounded, max(costs.verify_cost(1, length), 1.0) if length <= largest else 1.0
+        )
         for length in range(2, config.kernel_size + 1)
     )
     doubt = (
