@@ -6,6 +6,7 @@ import pytest
 from support.engine_host import EngineHost
 from support.real_models import SMOL, mixed_prompts, model_path
 
+ANNOUNCED = re.compile(r"Sirius: compile(s the draft|d the draft in [\d.]+ s$)")
 SAMPLING = {"max_tokens": 24, "ignore_eos": True}
 ENGINE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4}
 LOSSLESS = {
@@ -18,22 +19,27 @@ LOSSLESS = {
 
 def test_compiled_and_eager_drafts_are_the_same_v1():
     prompts = mixed_prompts(SMOL, 4)
+    compiled, eager = ({**ENGINE, "enforce_eager": eager, "speculative_config": LOSSLESS} for eager in (False, True))
     found = {}
     with EngineHost() as host:
         host.probe_static("support.start_lines:listen")
-        for eager in (True, False):
-            engine = {**ENGINE, "enforce_eager": eager, "speculative_config": LOSSLESS}
-            found[eager] = host.generate(engine, prompts, SAMPLING)
-            # Compiling takes long enough to be announced, and to be told when it is over.
-            lines = host.probe_static("support.start_lines:heard")
-            said = [line for line in lines if re.match(r"Sirius: compile(s the draft|d the draft in [\d.]+ s$)", line)]
-            assert len(said) == (0 if eager else 2)
-            report = host.probe(engine, "support.probes:compiled_draft_report")
-            assert report["compiled"] == (not eager)
-            assert report["shared_parameters"] == report["parameters"]
+        found[False] = host.generate(compiled, prompts, SAMPLING)
+        # Compiling takes long enough to be announced, and to be told when it is over.
+        lines = host.probe_static("support.start_lines:heard")
+        assert len([line for line in lines if ANNOUNCED.match(line)]) == 2
+        report = host.probe(compiled, "support.probes:compiled_draft_report")
+        assert report["compiled"]
+        assert report["shared_parameters"] == report["parameters"]
         # Also at sizes that only adaptive lengths ask for at start-up.
-        costs = host.probe(engine, "support.probes:measured_costs")
+        costs = host.probe(compiled, "support.probes:measured_costs")
         assert all(seconds > 0 for curve in costs.values() for seconds in curve.values())
+        assert "copies" in host.probe(compiled, "support.probes:watch_memory")
+        found[True] = host.generate(eager, prompts, SAMPLING)
+        lines = host.probe_static("support.start_lines:heard")
+        assert not any(ANNOUNCED.match(line) for line in lines)
+        assert not host.probe(eager, "support.probes:compiled_draft_report")["compiled"]
+        # Another engine in the same process: nothing of the first one is left.
+        assert host.probe_static("support.probes:watched_and_alive") == []
         # A draft that was silently dense would be accepted whole.
         assert 0 < found[False].num_accepted_tokens < 0.8 * found[False].num_draft_tokens
         assert found[False] == found[True]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -315,6 +317,42 @@ def compiled_draft_report(llm: Any) -> dict[str, Any]:
         "ffns": len(ffns.ffns),
         "draft_ffns_run": ffns.num_draft_calls,
     }
+
+
+WATCHED: dict[str, weakref.ref[Any]] = {}
+
+
+def watch_memory(llm: Any) -> list[str]:
+    """Remembers the large things of a compiled engine, without keeping them; returns their names."""
+    runner = model_runner(llm)
+    draft = runner.draft_model if hasattr(runner, "draft_model") else runner.speculator._draft
+    found = {
+        "runner": runner,
+        "target": runner.model.model,
+        "clone": draft._model.model,
+        "switch": draft._ffns,
+        "copies": draft._ffns.backend,
+        "linears": draft._ffns.linears,
+    }
+    WATCHED.clear()
+    WATCHED.update({name: weakref.ref(thing) for name, thing in found.items() if thing is not None})
+    return list(WATCHED)
+
+
+def watched_and_alive() -> list[str]:
+    """Names of what `watch_memory` remembered and is still there, after the engine was dropped.
+
+    vLLM keeps the exception of an import that failed while it built the first engine of the process, and with it the frames.
+    """
+    from vllm.multimodal.media import audio
+
+    failed = getattr(audio, "_torchcodec_import_exc", None)
+    if failed is not None:
+        failed.__traceback__ = None
+    gc.unfreeze()
+    gc.collect()
+    gc.collect()  # the first one ends the engine, which lets its compiled modules go
+    return [name for name, thing in WATCHED.items() if thing() is not None]
 
 
 def target_kernels_report(llm: Any) -> dict[str, Any]:

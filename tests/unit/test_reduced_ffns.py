@@ -1,5 +1,8 @@
 """Finding gated FFNs, the switch between target and draft, and what the kernels make of them, on toy modules."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from vllm_sirius.ffn.backends import CoarseRowsBackend, FineRowsBackend
 from vllm_sirius.ffn.kernels.native import SWITCH, choose_kernels
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.locate import locate_gated_ffns
+from vllm_sirius.ffn.low_bit_linears import LowBitLinears, quantise_linear
 from vllm_sirius.ffn.self_test import backend_reproduces_ffns
 from vllm_sirius.ffn.weights import by_neuron, gates_first, neuron_norms, neuron_rows
 from vllm_sirius.sparsity.coarse import CoarseSelection
@@ -209,6 +213,32 @@ def test_rows_do_not_stand_in_for_an_ffn_that_computes_more():
         ffns = reduced(Model(scale=scale))
         assert ffns.backend is not None
         assert backend_reproduces_ffns(ffns.ffns, ffns.backend, torch.float32, CPU) == expected
+
+
+class Linear(Projection):
+    skip_bias_add, return_bias, bias = False, True, None
+
+
+class HeadMethod:
+    pass
+
+
+def test_graphs_that_outlive_an_engine_keep_only_the_classes_of_its_modules():
+    """PyTorch's graphs stay in the process and name the classes of modules; copies of weights must not hang on those."""
+    model = Model()
+    model.attention, model.lm_head = Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, NEURONS, bias=False)
+    model.lm_head.quant_method = HeadMethod()
+    ffns = locate_gated_ffns(model)
+    rows = {model.attention: quantise_linear(model.attention.weight.data, 8)}
+    linears = LowBitLinears(rows, (model.lm_head, quantise_linear(model.lm_head.weight.data, 8)))
+    switch = ReducedFFNs(ffns, 1.0, None, None, backend_of(ffns, fine=False), linears)
+    switch.install()
+    classes = {type(module) for module in model.modules()} | {type(model.lm_head.quant_method)}
+    assert sum("Sirius" in kind.__name__ for kind in classes) == LAYERS + 2
+    held = [weakref.ref(thing) for thing in (model, switch, switch.backend, linears)]
+    del model, ffns, rows, linears, switch
+    gc.collect()
+    assert [thing() for thing in held] == [None] * len(held)
 
 
 def test_kernels_can_be_switched_off_and_say_why(monkeypatch):
