@@ -195,10 +195,15 @@ class SwitchedActivation(nn.Module):
 
 
 def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
-    """Gives one FFN a class of its own whose forward can go the native way."""
+    """Gives one FFN a class of its own whose forward can go the native way.
+
+    What belongs to the engine hangs on the module, not on the class: graphs that PyTorch keeps after an engine is gone name
+    the classes of modules.
+    """
     upstream = type(module)
 
-    def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        owner: ReducedFFNs = self.sirius_owner
         if owner.drafting:
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
             if owner.is_native(flat.shape[0]):
@@ -206,4 +211,5 @@ def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
         output: torch.Tensor = upstream.forward(self, hidden_states, *args, **kwargs)
         return output
 
+    vars(module)["sirius_owner"] = owner
     module.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"forward": forward})

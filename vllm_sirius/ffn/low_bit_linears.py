@@ -127,13 +127,15 @@ class LowBitLinears:
 
     def _switch_layer(self, layer: nn.Module, index: int, mode: DraftMode) -> None:
         upstream = type(layer)
-        owner = self
 
         def forward(self: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            mode, owner = self.sirius_mode, self.sirius_owner
             if mode.drafting and owner.takes(inputs, mode):
                 return with_bias(self, owner.run(index, inputs))
             return upstream.forward(self, inputs, *args, **kwargs)
 
+        # On the layer, not on its class: graphs that PyTorch keeps after an engine is gone name the classes of modules.
+        vars(layer).update(sirius_mode=mode, sirius_owner=self)
         layer.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"forward": forward})
 
 
@@ -154,13 +156,15 @@ def _switch_head(head: Any, weight: LowBitWeight, mode: DraftMode, owner: LowBit
     upstream = type(head.quant_method)
 
     def apply(self: Any, layer: nn.Module, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        mode, owner = self.sirius_mode, self.sirius_owner
         if mode.drafting and owner.takes(inputs, mode):
             owner.num_head_calls += 1
-            return run_linear(inputs, weight, bias)
+            return run_linear(inputs, self.sirius_weight, bias)
         output: torch.Tensor = upstream.apply(self, layer, inputs, bias)
         return output
 
     # A method object may serve several layers; the head gets one of its own.
     method = copy.copy(head.quant_method)
     method.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"apply": apply})
+    method.sirius_mode, method.sirius_owner, method.sirius_weight = mode, owner, weight
     head.quant_method = method

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from vllm_sirius.ffn.low_bit_linears import with_bias
 
 TAG = "sirius_draft"
 
-_OWNERS: list[ReducedFFNs] = []
+_OWNERS: list[weakref.ref[ReducedFFNs]] = []
+"""By the number that a compiled graph holds. Weak, so that a model and its copies of weights go with their engine."""
 
 STATE_OF_A_COMPILED_MODULE = (
     "aot_compiled_fn",
@@ -35,10 +37,16 @@ STATE_OF_A_COMPILED_MODULE = (
 )
 
 
+def _owner(number: int) -> ReducedFFNs:
+    ffns = _OWNERS[number]()
+    assert ffns is not None, "the engine of this graph is gone"
+    return ffns
+
+
 @torch.library.custom_op("vllm_sirius::reduced_ffn", mutates_args=())
 def _reduced_ffn(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
     """One reduced FFN by native kernels, opaque to the compiler."""
-    ffns = _OWNERS[owner]
+    ffns = _owner(owner)
     if not ffns.is_native(hidden_states.shape[0]):
         # The model's own FFN, which knows that a draft is running.
         masked: torch.Tensor = ffns.ffns[layer].module(hidden_states)
@@ -54,7 +62,7 @@ def _(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
 @torch.library.custom_op("vllm_sirius::low_bit_linear", mutates_args=())
 def _low_bit_linear(inputs: torch.Tensor, owner: int, index: int, num_outputs: int) -> torch.Tensor:
     """One linear layer on its copy in few bits, opaque to the compiler."""
-    ffns = _OWNERS[owner]
+    ffns = _owner(owner)
     linears = ffns.linears
     assert linears is not None
     if not linears.takes(inputs, ffns):
@@ -102,7 +110,7 @@ def clone_draft(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> nn.Mod
             share and which leads back to the dense target.
     """
     owner = len(_OWNERS)
-    _OWNERS.append(ffns)
+    _OWNERS.append(weakref.ref(ffns))
     copies = {id(ffn.module): _reduced(ffn.module, owner, layer) for layer, ffn in enumerate(ffns.ffns)}
     if ffns.linears is not None:
         for index, linear in enumerate(ffns.linears.layers):
@@ -110,6 +118,22 @@ def clone_draft(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> nn.Mod
     clone = _clone(model, copies, vllm_config)
     assert clone is not model
     return clone
+
+
+def release_with(owner: object, clone: nn.Module) -> None:
+    """Lets a clone go when its owner does.
+
+    Upstream's hook of a compiled module keeps the module alive; when an engine ends it takes the target's away, and knows
+    nothing of the clone's.
+
+    Args:
+        owner: What uses the clone and is not referred to by it.
+        clone: The clone.
+    """
+    for module in clone.modules():
+        handle = vars(module).get("_bytecode_hook_handle")
+        if handle is not None and vars(module).get("_compile_tag") == TAG:
+            weakref.finalize(owner, handle.remove)
 
 
 def _clone(module: nn.Module, copies: dict[int, nn.Module], vllm_config: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.self_test import NUM_TOKENS
-from vllm_sirius.integration.compiled_draft import can_compile, clone_draft
+from vllm_sirius.integration.compiled_draft import can_compile, clone_draft, release_with
 from vllm_sirius.integration.draft_norms import switch_norms
 
 logger = init_logger("vllm.sirius")
@@ -41,7 +41,9 @@ class DraftModel:
         self._vllm_config = vllm_config
         self.compiled = can_compile(model, ffns, vllm_config)
         self._model = clone_draft(model, ffns, vllm_config) if self.compiled else model
-        if not self.compiled:
+        if self.compiled:
+            release_with(self, self._model)
+        else:
             switch_norms(model, ffns)
 
     def forward(

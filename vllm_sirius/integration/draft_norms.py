@@ -51,7 +51,7 @@ def _switch(layer: nn.Module, mode: DraftMode) -> None:
 
     def forward(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         few = x.numel() <= MAX_TOKENS * self.hidden_size
-        if not (mode.drafting and few and x.is_contiguous() and x.dtype == self.weight.dtype):
+        if not (self.sirius_mode.drafting and few and x.is_contiguous() and x.dtype == self.weight.dtype):
             return upstream.forward(self, x, residual)
         if residual is None:
             output = torch.empty_like(x)
@@ -61,4 +61,6 @@ def _switch(layer: nn.Module, mode: DraftMode) -> None:
         torch.ops._C.fused_add_rms_norm(x, residual, self.weight, self.variance_epsilon)
         return x, residual
 
+    # On the layer, not on its class: graphs that PyTorch keeps after an engine is gone name the classes of modules.
+    vars(layer)["sirius_mode"] = mode
     layer.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"forward": forward})
