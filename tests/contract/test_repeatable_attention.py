@@ -9,7 +9,13 @@ import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder, _get_attn_isa
 
-from vllm_sirius.integration.runner_v1.attention import MOST_QUERIES, RepeatableAttentionBuilder, in_pieces
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.integration.runner_v1.attention import (
+    MOST_QUERIES,
+    RepeatableAttentionBuilder,
+    in_pieces,
+    is_repeatable,
+)
 
 BLOCK = 32
 LENGTH = 4096
@@ -134,3 +140,29 @@ def test_every_query_is_in_one_piece_that_ends_with_it():
     assert found == [(row, at) for row in range(20) for at in range(ends[row] - counts[row], ends[row])]
     common.max_query_len = MOST_QUERIES
     assert in_pieces(common, MOST_QUERIES) is common
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_kernels": "sirius"}, True),
+        ({"target_kernels": "vllm"}, False),
+        ({"target_kernels": "sirius", "acceptance": "threshold"}, False),
+    ],
+)
+def test_attention_is_changed_only_where_answers_are_repeatable(monkeypatch, options, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert is_repeatable(SiriusConfig(**options)) == expected
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not is_repeatable(SiriusConfig(**options))
+
+
+def test_long_texts_are_left_to_upstream(monkeypatch):
+    layer = Layer((8, 8, 32), RepeatableAttentionBuilder)
+    monkeypatch.setattr("vllm_sirius.integration.runner_v1.attention.LONGEST_TEXT", 64)
+    queries = torch.randn(20, 8, 32).bfloat16()
+    built = []
+    monkeypatch.setattr(layer.impl, "forward", lambda *arguments: built.append(arguments[5]))
+    layer.run(queries, [20], [64])
+    layer.run(queries, [20], [65])
+    assert [len(metadata.seq_lens) for metadata in built] == [3, 1]

@@ -12,8 +12,9 @@ The mode is a Python flag, so draft forwards must run outside of compiled graphs
 
 from __future__ import annotations
 
+import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -201,6 +202,7 @@ def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
     the classes of modules.
     """
     upstream = type(module)
+    run = _take_own_forward(module) or upstream.forward
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         owner: ReducedFFNs = self.sirius_owner
@@ -208,8 +210,20 @@ def _switch_forward(module: nn.Module, owner: ReducedFFNs, layer: int) -> None:
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
             if owner.is_native(flat.shape[0]):
                 return owner.run_native(layer, flat).view(hidden_states.shape)
-        output: torch.Tensor = upstream.forward(self, hidden_states, *args, **kwargs)
+        output: torch.Tensor = run(self, hidden_states, *args, **kwargs)
         return output
 
     vars(module)["sirius_owner"] = owner
     module.__class__ = type(f"Sirius{upstream.__name__}", (upstream,), {"forward": forward})
+
+
+def _take_own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """Takes the forward away that is bound to a module alone, which would go before that of its class.
+
+    vLLM's Transformers backend rewrites forwards and binds them in this way.
+    """
+    own = vars(module).get("forward")
+    if not isinstance(own, types.MethodType) or own.__self__ is not module:
+        return None
+    del vars(module)["forward"]
+    return own.__func__

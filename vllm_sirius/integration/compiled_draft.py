@@ -154,7 +154,10 @@ def _clone(module: nn.Module, copies: dict[int, nn.Module], vllm_config: Any) ->
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    if "forward" in vars(module):
+    own = vars(module).get("forward")
+    # vLLM's Transformers backend binds rewritten forwards to modules.
+    is_bound = isinstance(own, types.MethodType) and own.__self__ is module
+    if own is not None and not is_bound:
         raise SiriusIntegrationError(
             f"{type(module).__name__} has a forward of its own instance (an offloader or another plugin put it there), so its "
             "draft would run dense: drop that option, or set enforce_eager, which drafts without a clone."
@@ -162,6 +165,8 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     clone = copy.copy(module)
     for registry in ("_modules", "_parameters", "_buffers"):
         vars(clone)[registry] = dict(vars(module)[registry])
+    if isinstance(own, types.MethodType):
+        vars(clone)["forward"] = types.MethodType(own.__func__, clone)
     return clone
 
 
@@ -174,6 +179,7 @@ def _reduced(module: nn.Module, owner: int, layer: int) -> nn.Module:
         return output.view(hidden_states.shape)
 
     copied = _shallow_copy(module)
+    vars(copied).pop("forward", None)
     copied.__class__ = type(f"Draft{type(module).__name__}", (type(module),), {"forward": forward})
     return copied
 
@@ -185,6 +191,7 @@ def _low_bit(module: nn.Module, owner: int, index: int, num_outputs: int) -> nn.
         return with_bias(self, torch.ops.vllm_sirius.low_bit_linear(inputs, owner, index, num_outputs))
 
     copied = _shallow_copy(module)
+    vars(copied).pop("forward", None)
     copied.__class__ = type(f"Draft{type(module).__name__}", (type(module),), {"forward": forward})
     return copied
 

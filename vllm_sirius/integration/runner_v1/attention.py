@@ -18,6 +18,8 @@ from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
+from vllm_sirius.config import SiriusConfig
+
 logger = init_logger("vllm.sirius")
 
 MOST_QUERIES = 8
@@ -26,13 +28,21 @@ MOST_QUERIES = 8
 SPLIT_KEYS = "VLLM_CPU_ATTN_SPLIT_KV"
 """vLLM's own switch, on unless it is set: whether threads may share the keys of one query."""
 
+LONGEST_TEXT = 8192
+"""Tokens of the longest text of a batch up to which this is done: beyond, reading keys again for each piece costs too much."""
+
 
 class RepeatableAttentionBuilder(CPUAttentionMetadataBuilder):
     """Upstream's builder, whose metadata describes each request as several short ones on the same blocks."""
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """As upstream. Attention that is not causal is left as it is."""
-        if common_attn_metadata.causal is not True or self.is_cross_attention or self.is_encoder_only_attention:
+        """As upstream. Attention that is not causal and long texts are left as they are."""
+        if (
+            common_attn_metadata.causal is not True
+            or common_attn_metadata.max_seq_len > LONGEST_TEXT
+            or self.is_cross_attention
+            or self.is_encoder_only_attention
+        ):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata = super().build(common_prefix_len, in_pieces(common_attn_metadata, MOST_QUERIES), fast_build)
         if envs.VLLM_CPU_ATTN_SPLIT_KV and not envs.is_set(SPLIT_KEYS):
@@ -86,6 +96,15 @@ def in_pieces(common: Any, most_queries: int) -> Any:
     split.seq_lens = (common.seq_lens.long()[owner] - counts[owner] + ends).to(torch.int32)
     split.block_table_tensor = common.block_table_tensor[owner]
     return split
+
+
+def is_repeatable(config: SiriusConfig) -> bool:
+    """Whether everything else of a pass is repeatable, so that attention should be.
+
+    Args:
+        config: The knobs, with ``target_kernels`` decided: vLLM's own kernels round one token otherwise than several.
+    """
+    return config.lossless and config.target_kernels == "sirius" and not torch.cpu._is_amx_tile_supported()
 
 
 def make_repeatable(attention_groups: Iterable[Iterable[Any]]) -> None:

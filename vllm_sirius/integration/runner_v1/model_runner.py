@@ -17,7 +17,7 @@ from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_packed import load_target
 from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.reload import TargetReload
-from vllm_sirius.integration.runner_v1.attention import make_repeatable
+from vllm_sirius.integration.runner_v1.attention import is_repeatable, make_repeatable
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
@@ -81,9 +81,10 @@ class SiriusCPUModelRunner(CPUModelRunner):
         return corrections
 
     def initialize_metadata_builders(self, kv_cache_config: Any, kernel_block_sizes: list[int]) -> None:
-        """As upstream; then attention no longer depends on what a token shares its pass with."""
+        """As upstream; then, where all else is repeatable, attention no longer depends on what a token shares its pass with."""
         super().initialize_metadata_builders(kv_cache_config, kernel_block_sizes)
-        make_repeatable(self.attn_groups)
+        if is_repeatable(self.vllm_config.speculative_config.sirius):
+            make_repeatable(self.attn_groups)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         """As upstream, which winds generators back where a sample is thrown away, in a way that generators of a CPU lack.
