@@ -2,6 +2,8 @@
 
 import pytest
 from support.real_models import SMOL, model_path
+from support.runners import only_v1
+from support.tiny_models import build
 
 SIRIUS = {"method": "sirius"}
 
@@ -32,6 +34,22 @@ def test_setup_is_refused(host, options, words):
     engine = {"model": model_path(SMOL), "speculative_config": SIRIUS, **options}
     answer = host.probe_config(engine)
     assert answer is not None, "the engine config was accepted"
+    assert all(word in answer for word in words), answer
+
+
+@only_v1
+def test_noise_that_upstream_draws_otherwise_is_refused(host):
+    answer = host.probe_config({"model": model_path(SMOL), "speculative_config": SIRIUS, "use_fp64_gumbel": True})
+    assert answer is not None, "the engine config was accepted"
+    assert all(word in answer for word in ("use_fp64_gumbel=True on Model Runner V1", "use_fp64_gumbel=False")), answer
+
+
+@only_v1
+def test_experts_whose_ranks_meet_in_every_pass_are_refused(host, tmp_path_factory):
+    model = build("qwen3_moe_dense_first", tmp_path_factory.getbasetemp().parent / "tiny-models")
+    answer = host.probe_config({"model": str(model), "speculative_config": SIRIUS, "data_parallel_size": 2})
+    assert answer is not None, "the engine config was accepted"
+    words = ("data_parallel_size=2 on CPU with a mixture of experts", "its own clock", "data_parallel_size=1")
     assert all(word in answer for word in words), answer
 
 

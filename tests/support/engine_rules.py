@@ -15,6 +15,8 @@ MODEL_ATTRIBUTES = (
     "has_inner_state",
     "uses_mrope",
     "quantization",
+    "is_moe",
+    "use_fp64_gumbel",
 )
 SECTIONS = ("model_config", "parallel_config", "cache_config", "load_config")
 PLAIN = ("use_v2_model_runner", "offload_config", "speculative_config")
@@ -34,6 +36,10 @@ def fire_every_rule(model: str) -> dict[str, Any]:
     drawn = copy.copy(config.speculative_config)
     drawn.sirius = dataclasses.replace(drawn.sirius, draft_sampling="probabilistic")
     assert _verdict(config, use_v2_model_runner=True, speculative_config=drawn) is None
+    assert _verdict(config, use_v2_model_runner=True, model_config__use_fp64_gumbel=True) is None
+    experts = {"model_config__is_moe": True, "parallel_config__data_parallel_size": 2}
+    for alone in experts:
+        assert _verdict(config, **{alone: experts[alone]}) is None, alone
     fired = {
         "drawn drafts": _verdict(config, use_v2_model_runner=False, speculative_config=drawn),
         "runner": _verdict(config, model_config__runner_type="pooling"),
@@ -42,6 +48,8 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         "mrope": _verdict(config, model_config__uses_mrope=True),
         "quantization": _verdict(config, model_config__quantization="fp8"),
         "tensor": _verdict(config, parallel_config__tensor_parallel_size=2),
+        "data parallel experts": _verdict(config, **experts),
+        "fp64 noise": _verdict(config, use_v2_model_runner=False, model_config__use_fp64_gumbel=True),
         "loader": _verdict(config, load_config__load_format="tensorizer"),
         "pipeline": _verdict(config, parallel_config__pipeline_parallel_size=2),
         "context": _verdict(config, parallel_config__decode_context_parallel_size=2),

@@ -68,6 +68,13 @@ RULES: tuple[Rule, ...] = (
         "draft_sampling='probabilistic' on Model Runner {value}: only V2 draws drafts; use draft_sampling='greedy'.",
     ),
     (
+        lambda c: not c.use_v2_model_runner and c.model_config.use_fp64_gumbel,
+        (
+            "use_fp64_gumbel={value} on Model Runner V1: vLLM then draws tokens by other random numbers than those that "
+            "drafted tokens are judged by, so that a seed would not keep its answer; use use_fp64_gumbel=False."
+        ),
+    ),
+    (
         lambda c: not current_platform.is_cpu() and _copied_weights(c),
         (
             "{value}: copies in few bits have kernels for CPU alone so far; use draft_weights='shared', which costs no memory on "
@@ -120,6 +127,19 @@ RULES: tuple[Rule, ...] = (
             "tensor_parallel_size={value} on CPU: each rank would decide by its own clock how far to draft, and wait for ever "
             "where another decides otherwise. Ranks that agree come later; use tensor_parallel_size=1, or drop the speculative "
             "config."
+        ),
+    ),
+    (
+        lambda c: (
+            current_platform.is_cpu()
+            and c.model_config.is_moe
+            and c.parallel_config.data_parallel_size > 1
+            and c.parallel_config.data_parallel_size
+        ),
+        (
+            "data_parallel_size={value} on CPU with a mixture of experts: its ranks meet in every pass, and each would decide by "
+            "its own clock how far to draft and wait for ever where another decides otherwise. Ranks that agree come later; use "
+            "data_parallel_size=1 or several engines, or drop the speculative config."
         ),
     ),
     (
