@@ -78,8 +78,9 @@ class SiriusConfig:
             keeps all neurons, else as int8.
         draft_weights_scope: What is copied in few bits: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
         target_kernels: What runs the target's own dense linear layers on CPU: ``vllm`` its kernels, ``sirius`` a kernel for
-            the few tokens of a correction pass, on the same bf16 weights in another order; ``auto`` takes the faster one,
-            measured at start-up. On a GPU vLLM's run always.
+            the few tokens of a correction pass, on the same bf16 weights in another order; ``auto`` is
+            ``sirius`` where that can run, unless the processor has AMX: decided by the processor and never by a measurement. On
+            a GPU vLLM's run always.
         acceptance: ``lossless`` is rejection sampling, whose output is distributed as the target's; ``threshold`` is the
             paper's likelihood rule and changes the output distribution.
         draft_sampling: How the draft picks its tokens for requests with a temperature. ``greedy`` takes its likeliest;
