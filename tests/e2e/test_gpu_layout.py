@@ -83,5 +83,11 @@ def test_reloaded_weights_are_drafted_with_and_weighed_anew_v2(gpu_host, tmp_pat
     assert gpu_host.probe(sparse, "support.plain_layout:norms") == pytest.approx(new_norms)
     # Past the engine, as training frameworks do: the next draft notices it.
     gpu_host.probe(sparse, "support.plain_layout:load_ffns", path=sparse["model"])
-    gpu_host.generate(sparse, PROMPTS, SAMPLING)
+    mixed = gpu_host.generate(sparse, PROMPTS, SAMPLING)
     assert gpu_host.probe(sparse, "support.plain_layout:norms") == pytest.approx(old_norms)
+    # Weights that nothing can be drafted with do not end the engine; better ones bring the drafts back.
+    gpu_host.probe(sparse, "support.plain_layout:load_ffns", path=sparse["model"], damaged=True)
+    assert gpu_host.generate(sparse, PROMPTS, SAMPLING).num_accepted_tokens == 0
+    gpu_host.probe(sparse, "support.plain_layout:load_ffns", path=sparse["model"])
+    assert gpu_host.generate(sparse, PROMPTS, SAMPLING) == mixed
+    assert mixed.num_accepted_tokens > 0

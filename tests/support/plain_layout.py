@@ -61,11 +61,16 @@ def norms(llm: Any) -> list[float]:
     return values
 
 
-def load_ffns(llm: Any, path: str) -> None:
-    """Loads the FFNs of another folder by the model's own ``load_weights``."""
+def load_ffns(llm: Any, path: str, damaged: bool = False) -> None:
+    """Loads the FFNs of another folder by the model's own ``load_weights``; `damaged` with a NaN in the last layer.
+
+    What that layer's FFN gives reaches no K/V, which would keep the damage.
+    """
     from safetensors.torch import load_file
 
     weights = load_file(f"{path}/model.safetensors")
+    if damaged:
+        weights[max(name for name in weights if ".mlp." in name)][0, 0] = torch.nan
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     runner.model.load_weights((name, weight) for name, weight in weights.items() if ".mlp." in name)
 

@@ -8,6 +8,7 @@ the old weights has to make it again. All ways that bring weights in the format 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from vllm_sirius.errors import SiriusUnsupportedError
+
+logger = logging.getLogger("vllm.sirius")
 
 
 class Copies(Protocol):
@@ -35,6 +38,9 @@ class TargetReload:
         remake: Makes everything again, in place, once weights were loaded.
         copies: Copies that are made while weights load, or ``None`` where the weights stay plain.
         version: Tells by another number that plain weights were overwritten without ``load_weights``.
+
+    Attributes:
+        usable: Whether drafts can be made of the weights that were loaded last.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class TargetReload:
         self._seen_version: int | None = None
         self._loading = False
         self._stale = False
+        self.usable = True
         self._after: list[Callable[[], None]] = []
         self._watch(model)
 
@@ -91,19 +98,38 @@ class TargetReload:
             self._loading = False
         self.refresh()
 
-    def refresh_if_stale(self) -> None:
-        """Makes everything again if weights were loaded in another way than by `loading`."""
+    def refresh_if_stale(self) -> bool:
+        """Makes everything again if weights were loaded in another way than by `loading`.
+
+        It is called within a step, where an error would end the engine and all its requests. So weights that nothing can be
+        made of are an error in the log, once for each time that such weights are loaded.
+
+        Returns:
+            Whether drafts can be made: not from such weights until better ones are loaded, in whichever way.
+        """
         version = self._version()
         if self._seen_version is None:
             self._seen_version = version
         if self._stale or version != self._seen_version:
-            self.refresh()
+            try:
+                self.refresh()
+            except SiriusUnsupportedError as error:
+                logger.error(
+                    "Sirius: nothing is drafted from now on, until other weights are loaded into this engine: %s", error
+                )
+        return self.usable
 
     def refresh(self) -> None:
-        """Makes everything again."""
+        """Makes everything again.
+
+        Raises:
+            SiriusUnsupportedError: If a weight is not finite.
+        """
         self._stale, self._seen_version = False, self._version()
+        self.usable = False
         try:
             self._remake()
+            self.usable = True
         finally:
             for forget in self._after:
                 forget()

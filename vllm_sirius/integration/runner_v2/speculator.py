@@ -201,7 +201,8 @@ class SiriusSpeculator(DraftModelSpeculator):
         """
         num_reqs = input_batch.num_reqs
         num_steps = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        self.reload.refresh_if_stale()
+        if not self.reload.refresh_if_stale():
+            num_steps = 0
         if not dummy_run:
             self._state.check_room(input_batch, num_steps, self.block_tables)
             self._state.end_pass(input_batch, num_sampled)
