@@ -173,10 +173,36 @@ def test_a_draft_pass_of_other_modules_is_noticed():
 
     with pytest.raises(SiriusIntegrationError, match=r"ran 0 of 3 FFNs on the draft's kernels"):
         self_test(model, ffns, draft_pass=masked)
-    with pytest.raises(SiriusIntegrationError, match="ran no linear layer on its copy"):
+    with pytest.raises(SiriusIntegrationError, match=r"ran 0 of 3 linear layers .* not 'linear_12'"):
         self_test(model, ffns, draft_pass=only(*model.layers))
+    # Others that run several times do not stand for the one that does not run.
+    with pytest.raises(SiriusIntegrationError, match="ran 2 of 3 linear layers on their copies in few bits, and not"):
+        self_test(model, ffns, draft_pass=only(*model.layers, *2 * list(model.linears[:2])))
     with pytest.raises(SiriusIntegrationError, match="did not run the lm_head on its copy"):
         self_test(model, ffns, draft_pass=only(*model.layers, *model.linears))
+
+
+def test_a_layer_that_the_model_never_calls_is_said_and_one_that_may_run_several_times_is_enough(caplog):
+    """Some models multiply by a layer's weight themselves."""
+    model = Decoder()
+    ffns = rounded(model, 4)
+    asked = []
+
+    def run():
+        with ffns.draft_mode():
+            x = torch.randn(NUM_TOKENS, HIDDEN)
+            for module in (*model.layers, model.linears[0], model.linears[0], model.linears[2]):
+                module(x)
+            model.lm_head.quant_method.apply(model.lm_head, x)
+
+    def never_called(layers):
+        asked.extend(layers)
+        return layers
+
+    with caplog.at_level("INFO", "vllm.sirius"):
+        assert_draft_is_reduced(ffns, run, torch.float32, CPU, never_called)
+    assert asked == [model.linears[1]]
+    assert "copies in few bits of 1 linear layers are never read" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])

@@ -61,7 +61,7 @@ class LowBitLinears:
         head: The lm_head and its copy, or ``None``; it is called through its ``quant_method``.
 
     Attributes:
-        num_calls: Layers run on their copies so far.
+        num_calls: Times that each layer was run on its copy so far.
         num_head_calls: Times that the lm_head was.
     """
 
@@ -72,7 +72,8 @@ class LowBitLinears:
         self.layers = list(layers)
         self._rows = list(layers.values())
         self.head = head
-        self.num_calls = self.num_head_calls = 0
+        self.num_calls = [0] * len(self.layers)
+        self.num_head_calls = 0
 
     @property
     def num_bytes(self) -> int:
@@ -101,7 +102,7 @@ class LowBitLinears:
         Returns:
             ``[..., out]``.
         """
-        self.num_calls += 1
+        self.num_calls[index] += 1
         layer: Any = self.layers[index]
         bias = None if layer.skip_bias_add else layer.bias
         output = run_linear(inputs.reshape(-1, inputs.shape[-1]), self._rows[index], bias)

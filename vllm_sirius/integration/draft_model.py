@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -98,8 +99,33 @@ class DraftModel:
         if self.compiled:
             logger.info("Sirius: compiles the draft, a clone of the model; this can take minutes")
         started = time.perf_counter()
-        token_ids = torch.zeros(NUM_TOKENS, dtype=torch.int32, device=device)
-        positions = torch.arange(NUM_TOKENS, dtype=torch.int64, device=device)
-        self.compute_logits(self.forward(token_ids, positions, None))
+        self.compute_logits(self.forward(*_few_tokens(device), None))
         if self.compiled:
             logger.info("Sirius: compiled the draft in %.1f s", time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def never_called(self, layers: Sequence[nn.Module], device: torch.device) -> set[nn.Module]:
+        """Those of some layers of the model that a pass of its own modules, uncompiled, does not call.
+
+        Args:
+            layers: The layers. One that is no longer part of the model is not among the answer: another stands in its place.
+            device: Where the model lives.
+        """
+        called: set[nn.Module] = set()
+        hooks = [layer.register_forward_pre_hook(lambda module, _: called.add(module)) for layer in layers]
+        token_ids, positions = _few_tokens(device)
+        context = set_forward_context(None, self._vllm_config, num_tokens=NUM_TOKENS, skip_compiled=True)
+        try:
+            with context, self._ffns.draft_mode():
+                self._target(input_ids=token_ids, positions=positions, intermediate_tensors=None, inputs_embeds=None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        inside = set(self._target.modules())
+        return {layer for layer in layers if layer in inside and layer not in called}
+
+
+def _few_tokens(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of a trial run."""
+    token_ids = torch.zeros(NUM_TOKENS, dtype=torch.int32, device=device)
+    return token_ids, torch.arange(NUM_TOKENS, dtype=torch.int64, device=device)

@@ -160,7 +160,9 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     predicted_cost = target.plan.counted_density(ffns.backend, ffns.linears)
     draft = DraftModel(target.model, ffns, vllm_config, predicted_cost)
     with set_current_vllm_config(vllm_config):
-        difference = assert_draft_is_reduced(ffns, lambda: draft.try_out(device), dtype, device)
+        difference = assert_draft_is_reduced(
+            ffns, lambda: draft.try_out(device), dtype, device, lambda layers: draft.never_called(layers, device)
+        )
     by_batch = vllm_config.speculative_config.adaptive_lengths is not None
     adaptive = by_batch if vllm_config.use_v2_model_runner else config.adaptive
     _announce(config, adaptive, target, ffns, difference)
