@@ -80,7 +80,7 @@ def assert_draft_is_reduced(
         draft_forward: One forward pass of the whole model, logits included, as drafts run it.
         dtype: The model's dtype.
         device: Where it lives.
-        never_called: Of some layers those that no pass of the model calls: there are models that read a layer's weight
+        never_called: Of some layers those that a pass of the model does not call: there are models that read a layer's weight
             themselves. Asked only about layers that did not run on their copies in the pass.
 
     Returns:
@@ -182,7 +182,7 @@ def _check_copies_were_read(
     calls_before: list[int],
     never_called: Callable[[Sequence[nn.Module]], Collection[nn.Module]],
 ) -> None:
-    """Each layer must have run on its copy, once or more often, unless the model has no pass that would call it."""
+    """Each layer must have run on its copy, once or more often, unless the model would not call it."""
     unread = [
         index
         for index, (before, after) in enumerate(zip(calls_before, linears.num_calls, strict=True))
@@ -199,7 +199,7 @@ def _check_copies_were_read(
             f"{_listed(wrong)}: {REMEDY}"
         )
     logger.info(
-        "Sirius: the copies in few bits of %d linear layers are never read, because the model does not call these layers: %s",
+        "Sirius: drafts do not read the copies in few bits of %d linear layers, which no pass of a few tokens calls: %s",
         len(idle),
         _listed([_name(linears, index) for index in unread]),
     )
