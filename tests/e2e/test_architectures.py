@@ -17,6 +17,7 @@ KNOWN_ACTIVATIONS = ("SiluAndMul", "MulAndSilu", "GeluAndMul")
 REFUSAL_WORDS = {
     "mamba layers": "cannot be rolled back",
     "short-convolution layers": "cannot be rolled back",
+    "latent attention": "latent attention (MLA)",
     "pooling model": "text generation only",
     "mixture of experts without a dense FFN": "no dense gated FFN",
     "non-gated FFN": "no dense gated FFN",

@@ -16,6 +16,7 @@ MODEL_ATTRIBUTES = (
     "uses_mrope",
     "quantization",
     "is_moe",
+    "use_mla",
     "use_fp64_gumbel",
 )
 SECTIONS = ("model_config", "parallel_config", "cache_config", "load_config")
@@ -46,6 +47,7 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         "encoder": _verdict(config, model_config__is_encoder_decoder=True),
         "recurrent": _verdict(config, model_config__has_inner_state=True),
         "mrope": _verdict(config, model_config__uses_mrope=True),
+        "latent attention": _verdict(config, model_config__use_mla=True),
         "quantization": _verdict(config, model_config__quantization="fp8"),
         "tensor": _verdict(config, parallel_config__tensor_parallel_size=2),
         "data parallel experts": _verdict(config, **experts),

@@ -97,6 +97,13 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     (
+        lambda c: current_platform.is_cpu() and c.model_config.use_mla,
+        (
+            "use_mla={value} on CPU: with latent attention (MLA) the answers of drafting engines were seen to differ from the "
+            "model's own; drop the speculative config for this model."
+        ),
+    ),
+    (
         lambda c: c.model_config.uses_mrope or getattr(c.model_config, "uses_xdrope_dim", 0),
         "uses_mrope={value}: multi-dimensional rotary positions are not drafted yet; drop the speculative config.",
     ),
