@@ -3,6 +3,7 @@
 import pytest
 from support.engine_host import EngineError
 from support.prompts import random_prompts
+from support.runners import only_v1
 from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
 
 PROMPTS = random_prompts(5, 17, 40)
@@ -102,6 +103,15 @@ def test_what_drafts_by_default(host, tiny_root, name, draft):
     report = host.probe(sparse, "support.probes:draft_report")
     assert tuple(report["draft"]) == draft
     assert report["native"] == (draft[0] == "none")
+
+
+@only_v1
+def test_a_compiled_engine_of_the_transformers_backend_drafts(host, tiny_root):
+    plain = engine("smollm3_geglu", tiny_root)
+    options = {**FIXED, "kernel_size": 4}
+    found = host.generate({**plain, "enforce_eager": False, "speculative_config": options}, PROMPTS, SAMPLING)
+    assert found.token_ids == host.generate(plain, PROMPTS, SAMPLING).token_ids
+    assert found.num_accepted_tokens > 0
 
 
 @on_runners(REFUSED, V2_REFUSED)

@@ -17,12 +17,16 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, set_current_vllm_config
+from vllm.logger import init_logger
 
 from vllm_sirius.errors import SiriusIntegrationError
 from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.ffn.low_bit_linears import with_bias
 
+logger = init_logger("vllm.sirius")
+
 TAG = "sirius_draft"
+TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
 
 _OWNERS: list[weakref.ref[ReducedFFNs]] = []
 """By the number that a compiled graph holds. Weak, so that a model and its copies of weights go with their engine."""
@@ -80,8 +84,8 @@ def _(inputs: torch.Tensor, owner: int, index: int, num_outputs: int) -> torch.T
 def can_compile(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> bool:
     """Whether a compiled clone is possible and worth its compilation.
 
-    Not where the engine runs eagerly, where drafts are masked (nothing is gained then), and where the model has no part
-    that vLLM compiles.
+    Not where the engine runs eagerly, where drafts are masked (nothing is gained then), where the model has no part that
+    vLLM compiles, and for models of vLLM's Transformers backend, which binds forwards to modules: a clone would share them.
 
     Args:
         model: The target.
@@ -90,6 +94,9 @@ def can_compile(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> bool:
     """
     mode = vllm_config.compilation_config.mode
     if mode in (CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE) or ffns.backend is None:
+        return False
+    if any(cls.__module__.startswith(TRANSFORMERS_BACKEND) for cls in type(model).__mro__):
+        logger.info("Sirius: the draft runs uncompiled, because vLLM runs this model by its Transformers backend")
         return False
     return any(_is_compiled(module) for module in model.modules())
 
@@ -154,10 +161,7 @@ def _clone(module: nn.Module, copies: dict[int, nn.Module], vllm_config: Any) ->
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    own = vars(module).get("forward")
-    # vLLM's Transformers backend binds rewritten forwards to modules.
-    is_bound = isinstance(own, types.MethodType) and own.__self__ is module
-    if own is not None and not is_bound:
+    if "forward" in vars(module):
         raise SiriusIntegrationError(
             f"{type(module).__name__} has a forward of its own instance (an offloader or another plugin put it there), so its "
             "draft would run dense: drop that option, or set enforce_eager, which drafts without a clone."
@@ -165,8 +169,6 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     clone = copy.copy(module)
     for registry in ("_modules", "_parameters", "_buffers"):
         vars(clone)[registry] = dict(vars(module)[registry])
-    if isinstance(own, types.MethodType):
-        vars(clone)["forward"] = types.MethodType(own.__func__, clone)
     return clone
 
 
@@ -179,7 +181,6 @@ def _reduced(module: nn.Module, owner: int, layer: int) -> nn.Module:
         return output.view(hidden_states.shape)
 
     copied = _shallow_copy(module)
-    vars(copied).pop("forward", None)
     copied.__class__ = type(f"Draft{type(module).__name__}", (type(module),), {"forward": forward})
     return copied
 
@@ -191,7 +192,6 @@ def _low_bit(module: nn.Module, owner: int, index: int, num_outputs: int) -> nn.
         return with_bias(self, torch.ops.vllm_sirius.low_bit_linear(inputs, owner, index, num_outputs))
 
     copied = _shallow_copy(module)
-    vars(copied).pop("forward", None)
     copied.__class__ = type(f"Draft{type(module).__name__}", (type(module),), {"forward": forward})
     return copied
 
