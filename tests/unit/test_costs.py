@@ -218,3 +218,62 @@ def test_a_size_that_gets_slower_says_nothing_of_others():
     for _ in range(WINDOW):
         curve.observe(1, 1.3)
     assert [curve.seconds(size) for size in (1, 4, 16)] == pytest.approx([1.3, 1.4, 2.6])
+
+
+def test_a_size_that_gets_slow_and_fast_by_turns_leaves_others_alone():
+    """Each turn once halved what a size took that did not run meanwhile: zero seconds at last, and a division by them."""
+    curve = CostCurve({1: 0.03, 8: 0.04})
+    for _ in range(WINDOW):
+        curve.observe(1, 0.03)
+    for _ in range(2000):
+        for seconds in (0.08, 0.08, 0.08, 0.08, 0.04, 0.04):
+            curve.observe(8, seconds)
+            assert curve.seconds(1) >= 0.02
+    assert curve.seconds(1) == 0.03
+
+
+def test_what_is_doubted_is_not_doubted_again_before_it_ran():
+    """Several sizes find out that the machine is free, one after the other."""
+    curve = CostCurve()
+    for size in (1, 4, 16, 64) * WINDOW:
+        curve.observe(size, 4.0 * (1.0 + 0.1 * size))
+    for size in (4, 16, 64):
+        for _ in range(2):
+            curve.observe(size, 1.0 + 0.1 * size)
+    assert curve.seconds(1) == pytest.approx(1.1)
+
+
+def test_no_doubt_makes_a_size_faster_than_it_ever_was():
+    """A batch has long texts by turns, a single request between them has none."""
+    curve = CostCurve({1: 1.0, 8: 1.2})
+    for _ in range(WINDOW):
+        for size, seconds in ((8, 1.2), (1, 1.0)):
+            curve.observe(size, seconds)
+    for _ in range(50):
+        for size, seconds in ((8, 4.0), (1, 1.0)) * WINDOW:
+            curve.observe(size, seconds)
+        for _ in range(2):
+            curve.observe(8, 1.2)
+        assert curve.seconds(1) == 1.0
+
+
+def test_a_doubt_takes_away_no_knowledge_of_how_often_a_size_ran():
+    """Else steps without drafts would be tried as often as on the first day."""
+    curve = CostCurve()
+    for size in (1, 16) * WINDOW:
+        curve.observe(size, 4.0)
+    for _ in range(2):
+        curve.observe(16, 1.0)
+    assert curve.seconds(1) == 1.0
+    assert curve.num_observations(1) == WINDOW
+    for _ in range(2):
+        curve.observe(1, 4.0)
+    assert curve.num_observations(1) == WINDOW
+
+
+def test_no_clock_makes_a_pass_free():
+    """Some tell no time that is shorter than their tick."""
+    curve = CostCurve({1: 0.0, 8: 5e-324})
+    for seconds in (5e-324, 1e-300) * WINDOW:
+        curve.observe(4, seconds)
+    assert all(1.0 / curve.seconds(size) < 1e9 for size in (1, 2, 4, 8, 100))

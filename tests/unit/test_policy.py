@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_sirius.drafting.confidence import AcceptanceModel, RequestAcceptance, confidence
-from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.drafting.costs import CostCurve, StepCosts
 from vllm_sirius.drafting.policy import (
     LAST_PROBE_STEPS,
     PLAIN_STEPS,
@@ -15,6 +15,7 @@ from vllm_sirius.drafting.policy import (
     RARE_PLAIN_STEPS,
     Draft,
     DraftPolicy,
+    FullLength,
 )
 
 SURE = 0.9999
@@ -192,3 +193,21 @@ def test_right_guesses_make_longer_drafts_pay():
         request.next_rate = 0.6
         lengths[name] = run_drafts(policy, [Draft(0, request)], 0.85)[0]
     assert lengths["alone"] < lengths["guessed"]
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_drafts_of_full_length_are_timed_step_by_step(num_steps):
+    """Not the first step of several, which also chooses the neurons; the only one all the same, or costs were never learnt."""
+    now = [0.0]
+    rule, costs = FullLength(lambda: now[0]), CostCurve({1: 1.0})
+    for _ in range(4):
+        rule.begin(costs)
+        for step in range(num_steps):
+            rule.choose([0])
+            now[0] += 2.0 if step else 8.0
+            rule.stepped(1, 1)
+    rule.begin(None)
+    assert costs.num_observations(1) == 4 if num_steps == 1 else 8
+    assert costs.seconds(1) == (8.0 if num_steps == 1 else 2.0)
+    rule.choose([0])
+    rule.stepped(1, 1)

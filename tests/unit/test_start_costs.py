@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,11 +15,13 @@ from vllm_sirius.drafting.start_costs import (
     MOST_SECONDS,
     MOST_TOKENS,
     MOST_WARM_UP_SECONDS,
+    Pass,
     is_plausible,
     measure_by_turns,
     passes_to_measure,
     what_costs_promise,
 )
+from vllm_sirius.errors import SiriusUnsupportedError
 
 PREDICTED = 0.3
 CONFIG = SiriusConfig(draft_weights="int4", sparsity="none")
@@ -64,6 +67,15 @@ def test_sizes_reach_as_far_as_the_engine_s_passes_do():
     assert sizes(1, 1) == ([1], [1])
     assert sizes(100_000, 100_000)[0][-1] == MOST_TOKENS
     assert sizes(100_000, 100_000)[1][-4:] == [64, 128, 256, MOST_TOKENS]
+
+
+def test_no_token_is_measured_where_no_text_of_the_engine_reaches():
+    """Positions once went up to 511; a model that knows 32 reads beyond its table then. Larger passes still count."""
+    assert Pass(5, True).positions(32) == [0, 1, 2, 3, 4]
+    for one in passes_to_measure(4096, 4096):
+        positions = one.positions(32)
+        assert len(positions) == one.size
+        assert max(positions) == min(one.size, 32) - 1
 
 
 def test_a_quiet_machine_is_measured_as_it_is():
@@ -170,3 +182,14 @@ def test_a_warning_advises_what_helps(config, draft, predicted, advice):
     assert advice in warning
     # It reads more than int4 does.
     assert "int8" not in warning
+
+
+def test_passes_that_several_ranks_share_are_not_measured():
+    """Rounds end by a rank's own clock; a rank that runs one pass more than another waits for it for ever."""
+    from vllm_sirius.integration.measure_costs import costs_of_worker, measure_costs
+
+    ranks = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    measured = SimpleNamespace(measure_costs=lambda: measure_costs(None, None, ranks, None))
+    for runner in (measured, SimpleNamespace(speculator=measured)):
+        with pytest.raises(SiriusUnsupportedError, match=r"tensor_parallel_size=2: .* clock .* tensor_parallel_size=1"):
+            costs_of_worker(SimpleNamespace(model_runner=runner))

@@ -7,7 +7,9 @@ hold whatever is observed:
 * each size learns for itself: what another size costs matters only where it has not run yet, or where order demands it;
 * the median of a size's newest observations counts, so single ones that were held up do not matter;
 * what was measured at start-up is a first guess, which observations replace within a few passes. So is what a size took
-  before another one was seen to take clearly less than it did: the machine was busy then.
+  while another one took clearly more than it does now: the machine was busy then. That is a *doubt*. Doubts
+  never add up: they make nothing faster than it was ever seen, unless a size is faster itself than it was ever seen, and
+  then nothing that is doubtful already.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ SLOWER, SLOWER_IN_A_ROW = 1.25, 4
 """So many observations in a row beyond this part of the estimate replace all before them: the cost has changed. Nothing makes
 a pass seem faster than it is, while something may hold up two."""
 
+SHORTEST = 1e-6
+"""Seconds. No pass of a model is over sooner, and all that divides by what a pass takes needs more than nothing."""
+
 EXACT_SIZES = 32
 SIZES_PER_DOUBLING = 16
 """Kernels work in blocks: every size learns alone up to the largest block, few neighbours together beyond it."""
@@ -48,7 +53,7 @@ class CostCurve:
     """
 
     def __init__(self, measured: Mapping[int, float] | None = None) -> None:
-        self._guesses = _Line(sorted((measured or {}).items()))
+        self._guesses = _Line((size, max(value, SHORTEST)) for size, value in sorted((measured or {}).items()))
         self._observed: dict[int, _Observed] = {}
         self._num_observed = 0
         self._line: _Line | None = None
@@ -65,7 +70,7 @@ class CostCurve:
         """
         if self._line is None:
             self._line = self._fit()
-        return self._line.seconds(_learning_size(size))
+        return max(self._line.seconds(_learning_size(size)), SHORTEST)
 
     def observe(self, size: int, seconds: float) -> None:
         """Takes in what a pass took.
@@ -84,19 +89,21 @@ class CostCurve:
         changed = own.take_in(seconds, self._num_observed)
         estimate = self._estimate(size, own)
         if changed and estimate < own.estimate:
-            self._doubt_others(own, estimate / own.estimate)
+            self._doubt_others(own, estimate)
         # Weights fade even where estimates stay.
         if estimate != own.estimate or self._num_observed % WINDOW == 0:
             own.estimate, self._line = estimate, None
+        if len(own.seconds) >= ENOUGH:
+            own.best = min(own.best, estimate)
 
     def num_observations(self, size: int) -> int:
-        """Observations that the estimate of a size stands on; at most `WINDOW`.
+        """Observations that the estimate of a size stands on, those that became doubtful included; at most `WINDOW`.
 
         Args:
             size: Tokens or rows of the pass.
         """
         own = self._observed.get(_learning_size(size))
-        return len(own.seconds) if own is not None else 0
+        return own.num_observations if own is not None else 0
 
     def as_dict(self) -> dict[str, float]:
         """Seconds by size, for reports."""
@@ -117,13 +124,23 @@ class CostCurve:
             return min(values[0], self._guesses.seconds(size))
         return values[(len(values) - 1) // 2]
 
-    def _doubt_others(self, own: _Observed, part: float) -> None:
-        """Makes first guesses of what other sizes took before one was seen to take less by now: a part of that."""
-        for other in self._observed.values():
-            if other is not own:
-                other.estimate *= part
-                other.forget_all_but(1)
-                other.seconds[0] = other.estimate
+    def _doubt_others(self, own: _Observed, estimate: float) -> None:
+        """Makes first guesses of what other sizes took while one took more than it does now: a part of that.
+
+        Where that one is faster than ever, so may be those that ran meanwhile. Otherwise the machine is as it was before, and
+        nothing is faster than it was ever seen or measured; all are as fast as that where that one is, too.
+        """
+        for size, other in self._observed.items():
+            doubted = other.estimate * estimate / own.estimate
+            if estimate >= FASTER * own.best:
+                guess = self._guesses.seconds(size) if self._guesses.covers(size) else math.inf
+                doubted = max(doubted, min(other.best, guess))
+                if FASTER * estimate <= own.best:
+                    doubted = min(doubted, other.best)
+            elif not other.was_learnt_since(own.level_before_since):
+                continue
+            if other is not own and doubted < other.estimate:
+                other.doubt(doubted, self._num_observed)
         self._line = None
 
     def _weight(self, own: _Observed) -> float:
@@ -153,21 +170,33 @@ class _Observed:
     """What was observed of one size.
 
     Attributes:
-        seconds: The newest observations.
+        seconds: The newest observations. One that became doubtful is no longer what was observed.
         numbers: Their numbers among the observations of all sizes.
         estimate: Their low median; as long as there is one alone, the first guess if that is less.
+        best: The least estimate that stood on enough observations.
+        level_before_since: Number of its first observation after the last change of its cost but one.
     """
 
     def __init__(self) -> None:
         self.seconds: deque[float] = deque(maxlen=WINDOW)
         self.numbers: deque[int] = deque(maxlen=WINDOW)
         self.estimate = 0.0
+        self.best = math.inf
+        self.level_before_since = 0
+        self._level_since = 0
+        self._doubted_at = self._num_doubtful = 0
         self._num_faster = self._num_slower = 0
+
+    @property
+    def num_observations(self) -> int:
+        """Observations, those included that a doubtful one stands for; at most `WINDOW`."""
+        return min(WINDOW, len(self.seconds) + self._num_doubtful)
 
     def take_in(self, seconds: float, number: int) -> bool:
         """Adds an observation. Returns whether a row of them has replaced all before it."""
         self.seconds.append(seconds)
         self.numbers.append(number)
+        self._level_since = self._level_since or number
         while len(self.seconds) > ENOUGH and self.numbers[0] < number - OLD:
             self.forget_all_but(len(self.seconds) - 1)
         self._num_faster = self._num_faster + 1 if seconds < FASTER * self.estimate else 0
@@ -175,12 +204,32 @@ class _Observed:
         if self._num_faster < FASTER_IN_A_ROW and self._num_slower < SLOWER_IN_A_ROW:
             return False
         self.forget_all_but(max(self._num_faster, self._num_slower))
+        self.level_before_since, self._level_since = self._level_since, self.numbers[0]
         return True
+
+    def was_learnt_since(self, number: int) -> bool:
+        """Whether the estimate stands on what ran since an observation, and on no doubt."""
+        return self.numbers[(len(self.numbers) - 1) // 2] >= max(number, self._doubted_at + 1)
+
+    def doubt(self, estimate: float, number: int) -> None:
+        """Puts a first guess in place of all that was observed.
+
+        Args:
+            estimate: The guess.
+            number: Of the newest observation of any size.
+        """
+        known = self.num_observations
+        self.forget_all_but(1)
+        self.seconds[0] = self.estimate = estimate
+        self._doubted_at, self._num_doubtful = number, known - 1
+        self._num_faster = self._num_slower = 0
 
     def forget_all_but(self, newest: int) -> None:
         while len(self.seconds) > newest:
             self.seconds.popleft()
             self.numbers.popleft()
+            # A doubtful one is the oldest.
+            self._num_doubtful = 0
 
 
 class _Line:

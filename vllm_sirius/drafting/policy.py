@@ -111,11 +111,20 @@ class FullLength:
     """Every row drafts to its limit.
 
     Args:
-        costs: Seconds of a draft step, where someone wants to know them.
+        clock: Tells seconds.
     """
 
-    def __init__(self, costs: CostCurve | None = None) -> None:
-        self._timer = _StepTimer(costs)
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._timer = _StepTimer(None, clock)
+
+    def begin(self, costs: CostCurve | None) -> None:
+        """Starts the draft of a batch.
+
+        Args:
+            costs: Takes in what its steps take, where someone wants to know.
+        """
+        self._timer.begin_draft()
+        self._timer.costs = costs
 
     def choose(self, rows: Sequence[int]) -> list[int]:
         """See `LengthRule.choose`."""
@@ -134,13 +143,16 @@ class FullLength:
 class _StepTimer:
     """Times the steps of one draft after another.
 
+    Attributes:
+        costs: Takes them in, where someone wants to know.
+
     Args:
-        costs: Takes them in.
+        costs: See above.
         clock: Tells seconds.
     """
 
     def __init__(self, costs: CostCurve | None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._costs = costs
+        self.costs = costs
         self._clock = clock
         self._num_steps = 0
         self._started = 0.0
@@ -148,8 +160,8 @@ class _StepTimer:
 
     def begin_draft(self) -> None:
         """Starts a draft. Of the one before it the first step counts only if it was all, because it also chose the neurons."""
-        if self._num_steps == 1 and self._costs is not None:
-            self._costs.observe(*self._first)
+        if self._num_steps == 1 and self.costs is not None:
+            self.costs.observe(*self._first)
         self._num_steps = 0
 
     def begin_step(self) -> None:
@@ -161,8 +173,8 @@ class _StepTimer:
         seconds = self._clock() - self._started
         if self._num_steps == 1:
             self._first = num_fed, seconds
-        elif self._costs is not None:
-            self._costs.observe(num_fed, seconds)
+        elif self.costs is not None:
+            self.costs.observe(num_fed, seconds)
 
 
 class DraftPolicy:

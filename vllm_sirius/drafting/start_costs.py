@@ -52,6 +52,14 @@ class Pass:
     size: int
     draft: bool
 
+    def positions(self, max_model_len: int) -> list[int]:
+        """Positions of its tokens, as those of several requests where none may be so long. A model knows no further ones.
+
+        Args:
+            max_model_len: Longest text of the engine.
+        """
+        return [place % max_model_len for place in range(self.size)]
+
 
 def passes_to_measure(most_target_tokens: int, most_draft_rows: int) -> list[Pass]:
     """The passes whose costs are measured, smaller ones first.

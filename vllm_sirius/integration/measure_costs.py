@@ -31,8 +31,13 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any, device:
 
     Returns:
         The costs.
+
+    Raises:
+        SiriusUnsupportedError: If several ranks share the passes.
     """
+    check_measurable(vllm_config)
     target: Any = model
+    max_model_len: int = vllm_config.model_config.max_model_len
 
     def target_pass(token_ids: torch.Tensor, positions: torch.Tensor) -> None:
         with set_forward_context(None, vllm_config, num_tokens=token_ids.shape[0]):
@@ -46,7 +51,7 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any, device:
 
     def seconds(one: Pass) -> float:
         token_ids = torch.zeros(one.size, dtype=torch.int32, device=device)
-        positions = torch.arange(one.size, dtype=torch.int64, device=device)
+        positions = torch.tensor(one.positions(max_model_len), dtype=torch.int64, device=device)
         run = draft_step if one.draft else target_pass
         return seconds_of(lambda: run(token_ids, positions), device)
 
@@ -55,6 +60,23 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any, device:
     passes = passes_to_measure(most_tokens, scheduler.max_num_seqs * (1 + config.lookup_tokens))
     with draft.steady():
         return measure_by_turns(passes, seconds, draft.predicted_cost)
+
+
+def check_measurable(vllm_config: Any) -> None:
+    """Refuses to time passes that several ranks share: each decides by its own clock how many passes to run.
+
+    Args:
+        vllm_config: The engine's config.
+
+    Raises:
+        SiriusUnsupportedError: With the option, its value and the remedy.
+    """
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1:
+        raise SiriusUnsupportedError(
+            f"costs cannot be measured with tensor_parallel_size={ranks}: each rank would decide by its own clock which "
+            "passes to time, and wait for ever where another decides otherwise; measure with tensor_parallel_size=1"
+        )
 
 
 def costs_of_worker(worker: Any) -> dict[str, dict[str, float]]:
@@ -67,7 +89,7 @@ def costs_of_worker(worker: Any) -> dict[str, dict[str, float]]:
         ``draft_seconds`` by rows and ``target_seconds`` by tokens.
 
     Raises:
-        SiriusUnsupportedError: If the engine runs without Sirius.
+        SiriusUnsupportedError: If the engine runs without Sirius, or several ranks share the passes.
     """
     runner = worker.model_runner
     # Model Runner V2 has its drafts in a speculator, V1 in the runner itself.

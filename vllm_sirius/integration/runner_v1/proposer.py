@@ -35,6 +35,7 @@ class SiriusProposer:
         self._selector: NeuronSelector | None = None
         self._requests: dict[str, SiriusRequest] = {}
         self.policy: DraftPolicy | None = None
+        self._full_length = FullLength()
         self.lookup: Lookup | None = None
 
     @property
@@ -150,7 +151,8 @@ class SiriusProposer:
             to_draft: The rows that draft.
         """
         if self.policy is None:
-            return FullLength(self.lookup.costs if self.lookup is not None else None)
+            self._full_length.begin(self.lookup.costs if self.lookup is not None else None)
+            return self._full_length
         drafts = []
         for draft in to_draft:
             acceptance = self._requests[req_ids[draft.row]].acceptance
