@@ -99,8 +99,8 @@ RULES: tuple[Rule, ...] = (
     (
         lambda c: current_platform.is_cpu() and c.model_config.use_mla,
         (
-            "use_mla={value} on CPU: with latent attention (MLA) the answers of drafting engines were seen to differ from the "
-            "model's own; drop the speculative config for this model."
+            "use_mla={value} on CPU: vLLM's latent attention (MLA) gives other answers there when several tokens are checked at "
+            "once, with any speculative method; drop the speculative config for this model."
         ),
     ),
     (
