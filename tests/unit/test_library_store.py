@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import grp
 import logging
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -149,7 +152,7 @@ def test_a_library_in_a_spoilt_folder_is_made_anew(
     assert find_library(folder) is not None
 
 
-@pytest.mark.parametrize(("spoil", "reason"), UNTRUSTED)
+@pytest.mark.parametrize(("spoil", "reason"), UNTRUSTED[1:])
 def test_a_root_that_cannot_be_trusted_is_refused(
     root: Path, folder: Path, spoil: Callable[[Path], None], reason: str
 ) -> None:
@@ -158,6 +161,109 @@ def test_a_root_that_cannot_be_trusted_is_refused(
     with pytest.raises(LibraryStoreError, match=f"{root} {reason}"):
         find_or_make_library(root, KEY, compiler)
     assert compiler.runs == 0
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o1777])
+def test_a_root_of_the_users_that_others_could_write_is_closed_and_made_anew(
+    root: Path, folder: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an earlier release left it under umask 002."""
+    (root / "of-another-key").mkdir()
+    (root / "link").symlink_to(folder)
+    root.chmod(mode)
+    compiler = Compiler(CONTENT.lower())
+    with caplog.at_level(logging.WARNING, "vllm.sirius"):
+        library = find_or_make_library(root, KEY, compiler)
+        assert find_or_make_library(root, KEY, compiler) == library
+    assert compiler.runs == 1
+    assert library.read_bytes() == CONTENT.lower()
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    assert sorted(path.name for path in root.iterdir()) == [LOCK, KEY]
+    (record,) = caplog.records
+    assert f"{root} (mode {mode:04o})" in record.getMessage()
+    assert "thrown away" in record.getMessage()
+
+
+def test_a_root_whose_cleaning_was_cut_off_is_cleaned(root: Path, folder: Path) -> None:
+    root.chmod(0o1700)
+    compiler = Compiler()
+    find_or_make_library(root, KEY, compiler)
+    assert compiler.runs == 1
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+
+
+SWAPPABLE = [
+    pytest.param(lambda path: path.chmod(0o777), r"may be written by others \(mode 0777\)", id="writable"),
+    pytest.param(give_away, "belongs to user 12345", id="owner", marks=needs_root),
+    pytest.param(
+        lambda path: (os.chown(path, -1, 12345), path.chmod(0o770)),
+        r"may be written by others \(mode 0770\)",
+        id="group",
+        marks=needs_root,
+    ),
+]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("above", [1, 2])
+@pytest.mark.parametrize(("spoil", "reason"), SWAPPABLE)
+def test_a_root_that_others_may_swap_is_refused(
+    tmp_path: Path, spoil: Callable[[Path], None], reason: str, above: int, linked: bool
+) -> None:
+    root = tmp_path / "a" / "b" / "root"
+    find_or_make_library(root, KEY, Compiler())
+    parent = root.parents[above - 1]
+    spoil(parent)
+    if linked:
+        (tmp_path / "link").symlink_to(root.parent)
+        root = tmp_path / "link" / "root"
+    compiler = Compiler()
+    with pytest.raises(LibraryStoreError, match=f"{parent} above it {reason}"):
+        find_or_make_library(root, KEY, compiler)
+    assert compiler.runs == 0
+
+
+def test_folders_above_may_be_sticky_links_or_writable_by_the_users_own_group(
+    tmp_path: Path,
+) -> None:
+    """The folder for temporary files, a home on another disk, and a home under umask 002."""
+    user = pwd.getpwuid(os.geteuid())
+    shared, own = tmp_path / "shared", tmp_path / "shared" / "own"
+    own.mkdir(parents=True)
+    shared.chmod(0o1777)
+    (tmp_path / "link").symlink_to(own)
+    if grp.getgrgid(user.pw_gid).gr_name == user.pw_name:
+        os.chown(own, -1, user.pw_gid)
+        own.chmod(0o775)
+    library = find_or_make_library(tmp_path / "link" / "root", KEY, Compiler())
+    assert library == own / "root" / KEY / LIBRARY
+
+
+def test_folders_that_are_made_on_the_way_are_the_users_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        find_or_make_library(tmp_path / "a" / "b" / "root", KEY, Compiler())
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b", "a/b/root")} == {0o700}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_need_not_flush_folders(root: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Some network file systems answer EINVAL; a disk that fails is another thing."""
+    fsync = os.fsync
+
+    def fsync_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync_files)
+    if number == errno.EINVAL:
+        assert find_or_make_library(root, KEY, Compiler()).read_bytes() == CONTENT
+        return
+    with pytest.raises(LibraryStoreError, match="is not writable"):
+        find_or_make_library(root, KEY, Compiler())
 
 
 def test_a_failed_compilation_leaves_nothing(root: Path) -> None:
@@ -193,7 +299,7 @@ def test_refused_kernels_are_told_loudly_with_a_remedy(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root.mkdir(parents=True)
-    root.chmod(0o777)
+    root.parent.chmod(0o777)
     monkeypatch.setenv("SIRIUS_CACHE", str(root))
     build.load_library.cache_clear()
     with caplog.at_level(logging.WARNING, "vllm.sirius"):
@@ -201,7 +307,7 @@ def test_refused_kernels_are_told_loudly_with_a_remedy(
     assert not choice.native
     (record,) = caplog.records
     for text in (choice.reason, record.getMessage()):
-        assert f"{root} may be written by others (mode 0777)" in text
+        assert f"{root.parent} above it may be written by others (mode 0777)" in text
         assert "set SIRIUS_CACHE to" in text
 
 

@@ -71,7 +71,7 @@ def build_library() -> Path:
     except LibraryStoreError as error:
         raise KernelBuildError(
             f"the cache of compiled CPU kernels cannot be used, {error}: set {CACHE} to a folder that belongs to you and that "
-            "no one else may write, or repair this one"
+            "no one else may write or rename, or repair this one"
         ) from error
 
 

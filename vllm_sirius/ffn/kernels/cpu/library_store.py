@@ -2,15 +2,19 @@
 
 A library is a folder of its own, ``ROOT/KEY/``, with the library and its checksum. It is written under another name, flushed
 to the disk and renamed as a whole, so no process ever sees half of it. Code of a library runs with the rights of whoever loads
-it, so root and library must belong to the user (or to the administrator), and nobody else may write them.
+it, so root and library must belong to the user (or to the administrator), and nobody else may write them or swap one of the
+folders above.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import grp
 import hashlib
 import logging
 import os
+import pwd
 import shutil
 import stat
 import tempfile
@@ -21,6 +25,10 @@ from pathlib import Path
 LIBRARY = "gated_ffn.so"
 CHECKSUM = "gated_ffn.so.sha256"
 LOCK = ".lock"
+
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+UNCLEAN = stat.S_ISVTX
+"""Mark of a root that was closed to others and may still hold what they put there."""
 
 logger = logging.getLogger("vllm.sirius")
 
@@ -72,7 +80,7 @@ def find_or_make_library(root: Path, key: str, compile_to: Callable[[Path], None
     Raises:
         LibraryStoreError: If the root cannot be trusted or written to, or the new library is not as it was written.
     """
-    prepare_root(root)
+    root = prepare_root(root)
     folder, fault = root / key, ""
     try:
         library = find_library(folder)
@@ -93,21 +101,96 @@ def find_or_make_library(root: Path, key: str, compile_to: Callable[[Path], None
     return library
 
 
-def prepare_root(root: Path) -> None:
+def prepare_root(root: Path) -> Path:
     """Makes the folder of all libraries for this user alone, or judges the one that is there.
 
+    A folder of this user that others may write is closed to them, and all that is in it is thrown away.
+
     Args:
-        root: The folder.
+        root: The folder. Folders above it may be links.
+
+    Returns:
+        The folder by a path without links.
 
     Raises:
-        LibraryStoreError: If it cannot be made, or others may write it.
+        LibraryStoreError: If it cannot be made, or others may write or swap it.
     """
-    if not os.path.lexists(root):
+    try:
+        # From here on without links: whoever changes one later changes nothing for this process.
+        root = root.parent.resolve() / root.name
+        _make_folders(root)
+    except (OSError, RuntimeError) as error:
+        raise LibraryStoreError(f"{root} is not writable: {error}") from error
+    for parent in root.parents:
+        _check_parent(parent)
+    if _is_to_be_cleaned(root):
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _close_and_clean(root)
         except OSError as error:
-            raise LibraryStoreError(f"{root} is not writable: {error}") from error
+            raise LibraryStoreError(f"{root} may be written by others and cannot be closed to them: {error}") from error
     _check_entry(root, stat.S_IFDIR)
+    return root
+
+
+def _make_folders(root: Path) -> None:
+    missing = [folder for folder in (root, *root.parents) if not os.path.lexists(folder)]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _check_parent(folder: Path) -> None:
+    """Refuses a folder in which somebody else may rename what is in it. In a sticky one only the owner of an entry may."""
+    found, user = folder.lstat(), os.geteuid()
+    if found.st_uid not in (user, 0):
+        raise LibraryStoreError(f"{folder} above it belongs to user {found.st_uid}, and this is user {user}")
+    others = OTHERS_WRITE if not _is_private_group(found) else stat.S_IWOTH
+    if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
+        raise LibraryStoreError(f"{folder} above it may be written by others (mode {stat.S_IMODE(found.st_mode):04o})")
+
+
+def _is_private_group(found: os.stat_result) -> bool:
+    """Whether a file's group is its owner's alone, as where each user has a group of the same name and umask 002."""
+    try:
+        owner, group = pwd.getpwuid(found.st_uid), grp.getgrgid(found.st_gid)
+    except KeyError:
+        return False
+    named_alike = group.gr_gid == owner.pw_gid and group.gr_name == owner.pw_name
+    return named_alike and set(group.gr_mem) <= {owner.pw_name}
+
+
+def _is_to_be_cleaned(root: Path) -> bool:
+    found = root.lstat()
+    return (
+        stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and bool(found.st_mode & (OTHERS_WRITE | UNCLEAN))
+    )
+
+
+def _close_and_clean(root: Path) -> None:
+    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _wait_for_lock(handle, root)
+        if not _is_to_be_cleaned(root):
+            return  # another process of this user did it
+        mode = stat.S_IMODE(root.lstat().st_mode)
+        os.fchmod(handle, 0o700 | UNCLEAN)
+        logger.warning(
+            "Sirius: others could write the folder of compiled CPU kernels %s (mode %04o): it is the user's alone now, and all "
+            "kernels in it are thrown away and made anew",
+            root,
+            mode,
+        )
+        for entry in root.iterdir():
+            _remove(entry)
+        os.fchmod(handle, 0o700)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _check_entry(path: Path, kind: int) -> None:
@@ -122,7 +205,7 @@ def _check_entry(path: Path, kind: int) -> None:
         raise LibraryStoreError(f"{path} is not a {'folder' if kind == stat.S_IFDIR else 'file'}")
     if found.st_uid not in (user, 0):
         raise LibraryStoreError(f"{path} belongs to user {found.st_uid}, and this is user {user}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if found.st_mode & OTHERS_WRITE:
         raise LibraryStoreError(f"{path} may be written by others (mode {stat.S_IMODE(found.st_mode):04o})")
 
 
@@ -135,10 +218,7 @@ def _find_or_discard(folder: Path) -> Path | None:
     away = folder.with_name(f".thrown-away-{os.getpid()}-{folder.name}")
     folder.rename(away)
     with suppress(OSError):
-        if away.is_symlink() or not away.is_dir():
-            away.unlink()
-        else:
-            shutil.rmtree(away)
+        _remove(away)
     return None
 
 
@@ -171,6 +251,10 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network file systems know no such thing for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -180,13 +264,17 @@ def _lock(root: Path) -> Iterator[None]:
     """Lets one process of this user make libraries at a time; without effect where the file system has no locks."""
     handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Sirius: another process is compiling CPU kernels, waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.debug("no lock on %s: %s", root, error)
+        _wait_for_lock(handle, root)
         yield
     finally:
         os.close(handle)
+
+
+def _wait_for_lock(handle: int, root: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("Sirius: another process is compiling CPU kernels, waiting for it")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        logger.debug("no lock on %s: %s", root, error)
