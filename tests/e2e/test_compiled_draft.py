@@ -4,7 +4,9 @@ import re
 
 import pytest
 from support.engine_host import EngineHost
+from support.prompts import random_prompts
 from support.real_models import SMOL, mixed_prompts, model_path
+from support.tiny_models import build
 
 ANNOUNCED = re.compile(r"Sirius: compile(s the draft|d the draft in [\d.]+ s$)")
 SAMPLING = {"max_tokens": 24, "ignore_eos": True}
@@ -45,6 +47,43 @@ def test_compiled_and_eager_drafts_are_the_same_v1():
         assert found[False] == found[True]
         assert report["draft_key"] != report["target_key"]
         assert report["draft_ffns_run"] >= report["ffns"] * found[False].num_drafts
+
+
+@pytest.mark.slow
+def test_kept_graphs_serve_every_engine_that_they_fit_and_no_other_v1(tmp_path):
+    """vLLM keeps graphs on disk and loads them unseen, also in another process and beside those of other engines."""
+    model, prompts = str(build("llama", tmp_path)), random_prompts(20, 9)
+    whole, coarse = {}, {"sparsity": "coarse", "draft_weights_scope": "ffn"}
+    knobs = {"method": "sirius", "kernel_size": 8, "adaptive": False, "lookup_tokens": 0}
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+
+    def serve(host, options):
+        engine = {
+            "model": model,
+            "max_model_len": 128,
+            "max_num_seqs": 4,
+            "enforce_eager": False,
+            "speculative_config": {**knobs, **options},
+        }
+        found = host.generate(engine, prompts, SAMPLING)
+        report = host.probe(engine, "support.probes:compiled_draft_report")
+        assert report["compiled"]
+        # A draft that ran on another engine's switch would not be counted by this one's.
+        assert report["draft_ffns_run"] >= report["ffns"] * found.num_drafts > 0
+        return found, report["kept_graphs"]
+
+    with EngineHost(cache) as host:
+        host.probe_static("support.probes:load_kept_graphs")
+        first, kept = serve(host, whole)
+        assert kept == [False, False]
+        reduced, kept = serve(host, coarse)
+        assert kept == [False, False]
+        assert reduced.token_ids == first.token_ids
+        assert serve(host, whole) == (first, [True, True])
+    with EngineHost(cache) as host:
+        host.probe_static("support.probes:load_kept_graphs")
+        # Here it is the first engine, and observes what it reads.
+        assert serve(host, coarse) == (reduced, [True, True])
 
 
 @pytest.mark.slow

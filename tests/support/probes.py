@@ -314,9 +314,23 @@ def compiled_draft_report(llm: Any) -> dict[str, Any]:
         "shared_parameters": sum(id(parameter) in known for parameter in parameters),
         "target_key": _model_hash_key(target.model.forward),
         "draft_key": _model_hash_key(clone.model.forward),
+        "kept_graphs": [bool(m.model.was_aot_compile_fn_loaded_from_disk) for m in (target, clone)]
+        if draft.compiled
+        else [],
         "ffns": len(ffns.ffns),
         "draft_ffns_run": ffns.num_draft_calls,
     }
+
+
+def load_kept_graphs() -> None:
+    """Lets vLLM's CPU build load the graphs that it keeps on disk, as its GPU builds do.
+
+    vLLM 0.32.0 writes them everywhere. On CPU each load fails at its last step, a call of a method that PyTorch's callable
+    of plain Inductor does not have, and vLLM compiles again.
+    """
+    from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+
+    BundledAOTAutogradSerializableCallable.finalize_loading = lambda self, vllm_config: None
 
 
 WATCHED: dict[str, weakref.ref[Any]] = {}

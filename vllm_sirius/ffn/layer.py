@@ -13,7 +13,6 @@ The mode is a Python flag, so draft forwards must run outside of compiled graphs
 from __future__ import annotations
 
 import types
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -28,26 +27,6 @@ from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.sparsity.coarse import CoarseSelection, num_kept_neurons
 from vllm_sirius.sparsity.fine import fine_mask
 from vllm_sirius.sparsity.statistics import NeuronStatistics
-
-_OBSERVERS: list[weakref.ref[NeuronStatistics]] = []
-"""By the number that a compiled graph holds. Weak, so that the tables of an engine go with it."""
-
-
-@torch.library.custom_op("vllm_sirius::observe_ffn", mutates_args=("energy",))
-def _observe_ffn(activation: torch.Tensor, energy: torch.Tensor, observer: int, layer: int) -> None:
-    """Shows activations to a `NeuronStatistics` from inside a compiled graph.
-
-    `energy` is the table that changes; naming it keeps the compiler from dropping or reordering the call.
-    """
-    statistics = _OBSERVERS[observer]()
-    assert statistics is not None, "the engine of this graph is gone"
-    if statistics.observing:
-        statistics.observe(layer, activation)
-
-
-@_observe_ffn.register_fake
-def _(activation: torch.Tensor, energy: torch.Tensor, observer: int, layer: int) -> None:
-    return None
 
 
 class ReducedFFNs:
@@ -102,13 +81,9 @@ class ReducedFFNs:
 
     def install(self) -> None:
         """Puts the switch into every FFN of the model."""
-        observer = -1
-        if self.statistics is not None:
-            observer = len(_OBSERVERS)
-            _OBSERVERS.append(weakref.ref(self.statistics))
         for layer, ffn in enumerate(self.ffns):
             original = getattr(ffn.module, ffn.activation_name)
-            setattr(ffn.module, ffn.activation_name, SwitchedActivation(original, self, ffn, layer, observer))
+            setattr(ffn.module, ffn.activation_name, SwitchedActivation(original, self, ffn, layer))
             if self.backend is not None:
                 _switch_forward(ffn.module, self, layer)
         if self.linears is not None:
@@ -161,19 +136,18 @@ class SwitchedActivation(nn.Module):
         owner: Holds the mode and the selection.
         ffn: The FFN it belongs to.
         layer: Its index among the FFNs.
-        observer: Index of the statistics to feed, or -1.
     """
 
-    def __init__(self, original: nn.Module, owner: ReducedFFNs, ffn: GatedFFN, layer: int, observer: int) -> None:
+    def __init__(self, original: nn.Module, owner: ReducedFFNs, ffn: GatedFFN, layer: int) -> None:
         super().__init__()
         self.original = original
         self._owner = owner
         self._layer = layer
-        self._observer = observer
         self._num_neurons = ffn.num_neurons
         self._gate_function = ffn.activation.function if ffn.activation is not None else None
         self._gate_first = ffn.gate_first
-        self._energy = owner.statistics.tables if owner.statistics is not None else None
+        statistics = owner.statistics
+        self._marker = statistics.tables.new_zeros(1) if statistics is not None else None
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Runs the activation in the mode of the owner."""
@@ -181,9 +155,19 @@ class SwitchedActivation(nn.Module):
         if self._owner.drafting:
             self._owner.num_draft_calls += 1
             return activation if self._owner.whole else activation * self._mask(gate_up)
-        if self._energy is not None:
-            torch.ops.vllm_sirius.observe_ffn(activation, self._energy, self._observer, self._layer)
+        if self._marker is not None:
+            self._observe(activation, self._marker)
         return activation
+
+    def _observe(self, activation: torch.Tensor, marker: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            # vLLM keeps graphs for other engines: the operator finds the statistics of the engine that runs.
+            torch.ops.vllm_sirius.observe_ffn(activation, marker, self._layer)
+            return
+        statistics = self._owner.statistics
+        assert statistics is not None
+        if statistics.observing:
+            statistics.observe(self._layer, activation)
 
     def _mask(self, gate_up: torch.Tensor) -> torch.Tensor:
         selection = self._owner.selection

@@ -28,9 +28,6 @@ logger = init_logger("vllm.sirius")
 TAG = "sirius_draft"
 TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
 
-_OWNERS: list[weakref.ref[ReducedFFNs]] = []
-"""By the number that a compiled graph holds. Weak, so that a model and its copies of weights go with their engine."""
-
 STATE_OF_A_COMPILED_MODULE = (
     "aot_compiled_fn",
     "_compiled_callable",
@@ -39,46 +36,6 @@ STATE_OF_A_COMPILED_MODULE = (
     "_aot_compilation_path",
     "_aot_cache_dir",
 )
-
-
-def _owner(number: int) -> ReducedFFNs:
-    ffns = _OWNERS[number]()
-    assert ffns is not None, "the engine of this graph is gone"
-    return ffns
-
-
-@torch.library.custom_op("vllm_sirius::reduced_ffn", mutates_args=())
-def _reduced_ffn(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
-    """One reduced FFN by native kernels, opaque to the compiler."""
-    ffns = _owner(owner)
-    if not ffns.is_native(hidden_states.shape[0]):
-        # The model's own FFN, which knows that a draft is running.
-        masked: torch.Tensor = ffns.ffns[layer].module(hidden_states)
-        return masked
-    return ffns.run_native(layer, hidden_states)
-
-
-@_reduced_ffn.register_fake
-def _(hidden_states: torch.Tensor, owner: int, layer: int) -> torch.Tensor:
-    return torch.empty_like(hidden_states)
-
-
-@torch.library.custom_op("vllm_sirius::low_bit_linear", mutates_args=())
-def _low_bit_linear(inputs: torch.Tensor, owner: int, index: int, num_outputs: int) -> torch.Tensor:
-    """One linear layer on its copy in few bits, opaque to the compiler."""
-    ffns = _owner(owner)
-    linears = ffns.linears
-    assert linears is not None
-    if not linears.takes(inputs, ffns):
-        output: Any = linears.layers[index](inputs)
-        dense: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return dense
-    return linears.run(index, inputs)
-
-
-@_low_bit_linear.register_fake
-def _(inputs: torch.Tensor, owner: int, index: int, num_outputs: int) -> torch.Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], num_outputs)
 
 
 def can_compile(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> bool:
@@ -116,12 +73,10 @@ def clone_draft(model: nn.Module, ffns: ReducedFFNs, vllm_config: Any) -> nn.Mod
         SiriusIntegrationError: If a container on the way to an FFN has a forward of its own instance, which the clone would
             share and which leads back to the dense target.
     """
-    owner = len(_OWNERS)
-    _OWNERS.append(weakref.ref(ffns))
-    copies = {id(ffn.module): _reduced(ffn.module, owner, layer) for layer, ffn in enumerate(ffns.ffns)}
+    copies = {id(ffn.module): _reduced(ffn.module, layer) for layer, ffn in enumerate(ffns.ffns)}
     if ffns.linears is not None:
         for index, linear in enumerate(ffns.linears.layers):
-            copies[id(linear)] = _low_bit(linear, owner, index, ffns.linears.num_outputs(index))
+            copies[id(linear)] = _low_bit(linear, index, ffns.linears.num_outputs(index))
     clone = _clone(model, copies, vllm_config)
     assert clone is not model
     return clone
@@ -172,12 +127,12 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return clone
 
 
-def _reduced(module: nn.Module, owner: int, layer: int) -> nn.Module:
+def _reduced(module: nn.Module, layer: int) -> nn.Module:
     """A copy of an FFN that only knows the reduced way; its parameters are the target's."""
 
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output: torch.Tensor = torch.ops.vllm_sirius.reduced_ffn(flat, owner, layer)
+        output: torch.Tensor = torch.ops.vllm_sirius.reduced_ffn(flat, layer)
         return output.view(hidden_states.shape)
 
     copied = _shallow_copy(module)
@@ -185,11 +140,11 @@ def _reduced(module: nn.Module, owner: int, layer: int) -> nn.Module:
     return copied
 
 
-def _low_bit(module: nn.Module, owner: int, index: int, num_outputs: int) -> nn.Module:
+def _low_bit(module: nn.Module, index: int, num_outputs: int) -> nn.Module:
     """A copy of a linear layer that only knows its copy in few bits."""
 
     def forward(self: nn.Module, inputs: torch.Tensor) -> Any:
-        return with_bias(self, torch.ops.vllm_sirius.low_bit_linear(inputs, owner, index, num_outputs))
+        return with_bias(self, torch.ops.vllm_sirius.low_bit_linear(inputs, index, num_outputs))
 
     copied = _shallow_copy(module)
     copied.__class__ = type(f"Draft{type(module).__name__}", (type(module),), {"forward": forward})

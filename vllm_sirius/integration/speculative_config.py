@@ -17,6 +17,7 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.drafting.batch_length import draft_lengths
 from vllm_sirius.errors import SiriusConfigError
+from vllm_sirius.version import __version__
 
 METHOD: Literal["sirius"] = "sirius"
 SCHEDULE = "num_speculative_tokens_per_batch_size"
@@ -29,11 +30,13 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
     Attributes:
         sirius: The knobs.
         adaptive_lengths: Draft lengths from which the scheduler chooses one for each batch, or ``None`` if it does not.
+        native: Whether drafts run on native kernels, or ``None`` before the model is loaded.
     """
 
     method: Literal["sirius"] | None = "sirius"
     sirius: SkipValidation[SiriusConfig] = None  # type: ignore[assignment]
     adaptive_lengths: SkipValidation[tuple[int, ...] | None] = None
+    native: bool | None = None
 
     def __post_init__(self) -> None:
         """Fills in what upstream would read from a draft model; the parent's version would load one."""
@@ -45,8 +48,16 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         self.draft_sample_method = self.sirius.draft_sampling
 
     def compute_hash(self) -> str:
-        """Key of what changes a compiled graph: coarse sparsity observes activations, fine does not."""
-        return hashlib.sha256(f"{METHOD}-{self.sirius.sparsity}-{self.sirius.target_kernels}".encode()).hexdigest()
+        """Key of what changes the compiled graphs of target and draft; vLLM loads a graph of the same key without a look at it.
+
+        vLLM asks when a module is first run, so ``auto`` is decided by then. Coarse sparsity observes activations. Which
+        layers of a draft are copies follows from the weights and their scope, which is without effect where nothing is
+        copied. All other knobs are read while the operators run.
+        """
+        knobs = self.sirius
+        scope = None if knobs.draft_weights == "shared" else knobs.draft_weights_scope
+        graph = (METHOD, __version__, knobs.sparsity, knobs.draft_weights, scope, knobs.target_kernels, self.native)
+        return hashlib.sha256(repr(graph).encode()).hexdigest()
 
     def __repr__(self) -> str:
         """The knobs, and nothing of the target's config that upstream prints elsewhere."""
@@ -90,6 +101,16 @@ def record_target_kernels(vllm_config: Any, panels: bool) -> None:
     """
     speculative = vllm_config.speculative_config
     speculative.sirius = replace(speculative.sirius, target_kernels="sirius" if panels else "vllm")
+
+
+def record_draft_kernels(vllm_config: Any, native: bool) -> None:
+    """Writes down what drafts run on, for the same reason.
+
+    Args:
+        vllm_config: The engine's config.
+        native: Whether drafts run on native kernels.
+    """
+    vllm_config.speculative_config.native = native
 
 
 def create(

@@ -22,8 +22,9 @@ from vllm_sirius.ffn.low_bit_linears import LowBitLinears
 from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.draft_plan import DraftPlan
+from vllm_sirius.integration.graph_operators import register_switch
 from vllm_sirius.integration.reload import TargetReload
-from vllm_sirius.integration.speculative_config import draft_masked, sirius_config
+from vllm_sirius.integration.speculative_config import draft_masked, record_draft_kernels, sirius_config
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.selector import NeuronSelector
 from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObserveKernel
@@ -136,6 +137,8 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
     switch = KernelSwitch(learns)
     ffns = ReducedFFNs(target.ffns, density, selection, statistics, target.backend, target.linears, switch)
     ffns.install()
+    record_draft_kernels(vllm_config, target.backend is not None)
+    register_switch(vllm_config, ffns)
     return ffns, selector
 
 
