@@ -60,7 +60,7 @@ def busy_loops(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     Yields:
         The processes.
     """
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    loops = [subprocess.Popen([sys.executable, "-P", "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield loops
     finally:
