@@ -4,6 +4,19 @@
 
 #include "workspace.h"
 
+#if defined(SIRIUS_AVX512)
+namespace {
+
+template <sirius::Products kProducts>
+void run_block(const sirius::PanelLayer& layer, int64_t num_tokens, int num_threads) {
+    const sirius::PanelPasses<kProducts> passes{layer, num_tokens};
+    auto body = [&](sirius::Member member) { sirius::run_passes<kProducts>(passes, member); };
+    sirius::run_team(num_threads, body);
+}
+
+}  // namespace
+#endif
+
 extern "C" {
 
 // How many ways to multiply this machine has, see Products: 0 where it has no kernel.
@@ -28,11 +41,9 @@ void sirius_panel_linear(const void* inputs, const void* panels, const float* bi
     for (int64_t first = 0; first < num_tokens; first += kBlockTokens) {
         layer.inputs = static_cast<const BFloat16*>(inputs) + first * width;
         layer.output = static_cast<BFloat16*>(output) + first * num_outputs;
-        const PanelPasses passes{layer, std::min(kBlockTokens, num_tokens - first)};
-        auto body = [&](Member member) {
-            by_pairs ? run_passes<Products::kPairs>(passes, member) : run_passes<Products::kFloats>(passes, member);
-        };
-        run_team(num_threads, body);
+        const int64_t count = std::min(kBlockTokens, num_tokens - first);
+        by_pairs ? run_block<Products::kPairs>(layer, count, num_threads)
+                 : run_block<Products::kFloats>(layer, count, num_threads);
     }
 #endif
 }

@@ -28,13 +28,19 @@ constexpr bool kHasPairs = false;
 #endif
 
 constexpr int kPanel = 16;            // outputs of a panel
-constexpr int kPanelTokens = 16;      // most tokens of a pass: one register each, and some to spare
+constexpr int kPanelTokens = 16;      // most tokens of a pass that is alone: one register each, and some to spare
 constexpr int64_t kBlockTokens = 128;        // tokens whose passes share the weights in the cache
 constexpr int64_t kChunkBytes = 256 * 1024;  // of weights that stay in the second-level cache, inputs beside them
+// Tokens for which the registers hold the sums of two panels.
+constexpr int tokens_for_two(Products products) { return products == Products::kPairs ? 14 : 11; }
+// Tokens of a pass that finds its weights in the cache. Pairs are then bound by loading the inputs, which two panels share;
+// floats by their arithmetic.
+constexpr int tokens_from_cache(Products products) {
+    return products == Products::kPairs ? tokens_for_two(products) : kPanelTokens;
+}
 // Panels in work together: enough sums to hide the latency of an addition, as far as there are registers.
 constexpr int panels_together(Products products, int tokens) {
-    const int most_for_two = products == Products::kPairs ? 14 : 11;
-    return tokens == 1 ? 8 : tokens <= 5 ? 4 : tokens <= 8 ? 3 : tokens <= most_for_two ? 2 : 1;
+    return tokens == 1 ? 8 : tokens <= 5 ? 4 : tokens <= 8 ? 3 : tokens <= tokens_for_two(products) ? 2 : 1;
 }
 // Cache lines of a panel between the weights in work and those prefetched: fewer panels are read further ahead, so that as
 // many lines are under way.
@@ -162,12 +168,17 @@ void run_range(const PanelLayer& layer, int tokens, int64_t panel, int64_t end) 
     }
 }
 
-// Tokens in passes of about the same size: one of a single token would cost almost as much as one of several.
+// Tokens in passes of about the same size: one of a single token would cost almost as much as one of several. A pass that is
+// alone reads its weights from memory, which bounds it; the others find them in the cache.
+template <Products kProducts>
 struct PanelPasses {
     PanelLayer layer;  // of all tokens; `prepared` has room for them
     int64_t num_tokens;
 
-    int64_t count() const { return (num_tokens + kPanelTokens - 1) / kPanelTokens; }
+    int64_t count() const {
+        constexpr int kMost = tokens_from_cache(kProducts);
+        return num_tokens <= kPanelTokens ? 1 : (num_tokens + kMost - 1) / kMost;
+    }
     int64_t first(int64_t pass) const { return num_tokens * pass / count(); }
     int tokens(int64_t pass) const { return int(first(pass + 1) - first(pass)); }
     PanelLayer of(int64_t pass) const {
@@ -177,16 +188,16 @@ struct PanelPasses {
         part.prepared += first(pass) * 2 * layer.pairs();
         return part;
     }
-    // Panels that all passes go through before the next ones are read: few enough to stay in the second-level cache.
+    // Panels that all passes go through before the next ones are read: few enough to stay in the second-level cache, by twos.
     int64_t panels_of_chunk() const {
         const int64_t bytes = layer.pairs() * 2 * kPanel * int64_t(sizeof(BFloat16));
-        return count() == 1 ? layer.num_panels() : std::max<int64_t>(2, kChunkBytes / bytes);
+        return count() == 1 ? layer.num_panels() : 2 * std::max<int64_t>(1, kChunkBytes / bytes / 2);
     }
 };
 
 // One member's part.
 template <Products kProducts>
-void run_passes(const PanelPasses& passes, Member member) {
+void run_passes(const PanelPasses<kProducts>& passes, Member member) {
     for (int64_t pass = 0; pass < passes.count(); pass++) prepare<kProducts>(passes.of(pass), passes.tokens(pass), member);
     member.wait();
     const int64_t end = member.end(passes.layer.num_panels(), 1), step = passes.panels_of_chunk();
