@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.glue import add_rms_norm, attend, rotate_and_store, silu_and_mul
 from benchmarks.gpu.shapes import Shape
-from vllm_sirius.ffn.kernels.triton.kernels import coarse_ffn, fine_ffn
+from vllm_sirius.kernels.triton.kernels import coarse_ffn, fine_ffn
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sirius.ffn.kernels.triton.projection import multiply, narrow
-from vllm_sirius.triton_runtime import jit, tl
+from vllm_sirius.kernels.triton.projection import multiply, narrow
+from vllm_sirius.kernels.triton.runtime import jit, tl
 
 EPSILON = 1e-5
 ROPE_THETA = 500000.0

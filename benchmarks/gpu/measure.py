@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.decoder import FFN, Decoder, Layer, coarse, dense_ffn, fine
 from benchmarks.gpu.glue import argmax, silu_and_mul
-from vllm_sirius.ffn.kernels.triton.kernels import warm_up
+from vllm_sirius.kernels.triton.kernels import warm_up
 
 DRAFTS = (("coarse", 0.5), ("coarse", 0.3), ("fine", 0.5))
 """Kind of sparsity and part of the neurons kept."""

@@ -67,7 +67,7 @@ def measure_model(name: str, arguments: argparse.Namespace, bandwidth: float) ->
     from benchmarks.gpu import measure, report
     from benchmarks.gpu.decoder import Decoder
     from benchmarks.gpu.shapes import SHAPES
-    from vllm_sirius.ffn.kernels.triton.kernels import tuned_tiles
+    from vllm_sirius.kernels.triton.kernels import tuned_tiles
 
     shape, device = SHAPES[name], torch.device("cuda")
     torch.cuda.empty_cache()

@@ -29,16 +29,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from vllm_sirius.correction.panels import Panels
-from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.kernels.cpu.kernels import coarse_ffn, fine_ffn, instruction_set
-from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
-from vllm_sirius.ffn.kernels.cpu.low_bit_panel_kernels import panels_ffn, panels_linear
-from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
-from vllm_sirius.ffn.kernels.cpu.panel_linear import panel_linear
-from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
-from vllm_sirius.ffn.weights import gates_first, neuron_rows
+from vllm_sirius.kernels.activation import Activation
+from vllm_sirius.kernels.cpu.kernels import coarse_ffn, fine_ffn, instruction_set
+from vllm_sirius.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
+from vllm_sirius.kernels.cpu.low_bit_panel_kernels import panels_ffn, panels_linear
+from vllm_sirius.kernels.cpu.panel_linear import panel_linear
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels, interleave
+from vllm_sirius.weights.memory import empty_on_huge_pages
+from vllm_sirius.weights.panels import Panels
+from vllm_sirius.weights.rows import gates_first, neuron_rows
 
 Layers = list[torch.Tensor]
 DENSITIES = (0.5, 0.3)

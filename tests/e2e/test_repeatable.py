@@ -5,7 +5,7 @@ import torch
 from support.engine_host import EngineHost
 from support.real_models import SMOL, mixed_prompts, model_path
 
-from vllm_sirius.ffn.kernels.cpu.panel_linear import has_panels
+from vllm_sirius.kernels.cpu.panel_linear import has_panels
 
 pytestmark = pytest.mark.skipif(
     not has_panels() or torch.cpu._is_amx_tile_supported(),

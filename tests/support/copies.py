@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from support.probes import is_v2, model_runner
-from vllm_sirius.ffn.layer import ReducedFFNs
-from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_panels import LowBitPanels
+from vllm_sirius.draft.layer import ReducedFFNs
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels
 
 
 def drafter_of(llm: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from vllm_sirius.drafting.costs import ENOUGH, CostCurve, StepCosts
 from vllm_sirius.drafting.lookup import Lookup
-from vllm_sirius.drafting.policy import DraftPolicy
+from vllm_sirius.pacing.costs import ENOUGH, CostCurve, StepCosts
+from vllm_sirius.pacing.policy import DraftPolicy
 
 
 def model_runner(llm: Any) -> Any:

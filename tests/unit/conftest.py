@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sirius.ffn.kernels.cpu import build
+from vllm_sirius.kernels.cpu import build
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from vllm_sirius.drafting.batch_length import TRIAL_STEPS, USUAL_INTERVAL, BatchLength, draft_lengths
+from vllm_sirius.pacing.batch_length import TRIAL_STEPS, USUAL_INTERVAL, BatchLength, draft_lengths
 
 LENGTHS = draft_lengths(15)
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_sirius.drafting.costs import ENOUGH, WINDOW, CostCurve, StepCosts
+from vllm_sirius.pacing.costs import ENOUGH, WINDOW, CostCurve, StepCosts
 
 SIZES = (1, 2, 3, 4, 5, 8, 9, 12, 16, 17, 32, 33, 64, 65, 100, 128, 200, 256, 512, 1000)
 

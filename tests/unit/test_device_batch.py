@@ -9,7 +9,7 @@ import torch
 from vllm_sirius.drafting.device_batch import MAX_END_TOKENS, NO_REQUEST, DraftBatch, DraftTable
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
-from vllm_sirius.drafting.policy import FullLength
+from vllm_sirius.pacing.policy import FullLength
 
 VOCABULARY = 11
 """Small, so that random end tokens are met."""

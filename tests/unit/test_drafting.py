@@ -4,7 +4,7 @@ import torch
 
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
-from vllm_sirius.drafting.policy import FullLength
+from vllm_sirius.pacing.policy import FullLength
 
 VOCABULARY = 50
 

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.kernels import reference
-from vllm_sirius.ffn.kernels.cpu import build, kernels
-from vllm_sirius.ffn.kernels.cpu.library_store import CHECKSUM, LIBRARY, LOCK
-from vllm_sirius.ffn.kernels.cpu.memory import empty_on_huge_pages
-from vllm_sirius.ffn.weights import gates_first, neuron_rows
+from vllm_sirius.kernels import reference
+from vllm_sirius.kernels.activation import Activation
+from vllm_sirius.kernels.cpu import build, kernels
+from vllm_sirius.kernels.cpu.library_store import CHECKSUM, LIBRARY, LOCK
+from vllm_sirius.weights.memory import empty_on_huge_pages
+from vllm_sirius.weights.rows import gates_first, neuron_rows
 
 WIDTHS = (1, 7, 33, 896, 1537)
 NUM_NEURONS = (1, 5, 176)
@@ -336,7 +336,7 @@ def test_unusable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     program = (
-        "from vllm_sirius.ffn.kernels.cpu import build, kernels; import torch\n"
+        "from vllm_sirius.kernels.cpu import build, kernels; import torch\n"
         "build.FLAGS = tuple('-O0' if flag == '-O3' else flag for flag in build.FLAGS)\n"
         "kernels.fine_ffn(torch.ones(1, 8), torch.ones(12, 8), 2, 'silu'); print(build.build_library())\n"
     )
@@ -363,7 +363,7 @@ def test_no_second_openmp_runtime() -> None:
         "import os, torch\n"
         "loaded = lambda: {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in os.path.basename(l.split()[-1])}\n"
         "torch.randn(1 << 22).sum(); before = loaded(), len(os.listdir('/proc/self/task'))\n"
-        "from vllm_sirius.ffn.kernels.cpu import kernels\n"
+        "from vllm_sirius.kernels.cpu import kernels\n"
         "kernels.fine_ffn(torch.ones(1, 8), torch.ones(192, 8), 2, 'silu')\n"
         "assert (loaded(), len(os.listdir('/proc/self/task'))) == before, (before, loaded())\n"
     )

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vllm_sirius.ffn.kernel_switch import LAST_INTERVAL, MOST_TOKENS, KernelSwitch
+from vllm_sirius.draft.kernel_switch import LAST_INTERVAL, MOST_TOKENS, KernelSwitch
 
 
 class Machine:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sirius.ffn.kernels.cpu import build
-from vllm_sirius.ffn.kernels.cpu.library_store import (
+from vllm_sirius.kernels.cpu import build
+from vllm_sirius.kernels.cpu.library_store import (
     CHECKSUM,
     LIBRARY,
     LOCK,
@@ -25,7 +25,7 @@ from vllm_sirius.ffn.kernels.cpu.library_store import (
     find_library,
     find_or_make_library,
 )
-from vllm_sirius.ffn.kernels.native import choose_kernels
+from vllm_sirius.kernels.native import choose_kernels
 
 CONTENT = b"\x7fELF and what follows"
 KEY = "key"
@@ -279,7 +279,7 @@ def test_a_failed_compilation_leaves_nothing(root: Path) -> None:
 def test_a_library_that_another_process_makes_meanwhile_is_waited_for(root: Path) -> None:
     program = (
         "import sys, time, pathlib\n"
-        "from vllm_sirius.ffn.kernels.cpu.library_store import find_or_make_library\n"
+        "from vllm_sirius.kernels.cpu.library_store import find_or_make_library\n"
         "def compile_to(path):\n"
         "    print('compiling', flush=True); time.sleep(1); path.write_bytes(b'library')\n"
         f"find_or_make_library(pathlib.Path(sys.argv[1]), {KEY!r}, compile_to)\n"

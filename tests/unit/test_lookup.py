@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_sirius.drafting.costs import CostCurve
 from vllm_sirius.drafting.lookup import (
     FIRST_TRIAL_STEPS,
     LONGEST_MATCH,
@@ -19,7 +18,8 @@ from vllm_sirius.drafting.lookup import (
     look_up,
 )
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
-from vllm_sirius.drafting.policy import FullLength
+from vllm_sirius.pacing.costs import CostCurve
+from vllm_sirius.pacing.policy import FullLength
 
 VOCABULARY = 9
 FLAT = CostCurve({1: 1.0, 64: 1.0})

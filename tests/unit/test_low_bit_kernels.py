@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.kernels import low_bit_panels_reference
-from vllm_sirius.ffn.kernels import low_bit_reference as reference
-from vllm_sirius.ffn.kernels.cpu import low_bit_kernels, low_bit_panel_kernels
-from vllm_sirius.ffn.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
-from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_panels import LowBitPanels
-from vllm_sirius.ffn.weights import gates_first
+from vllm_sirius.kernels import low_bit_panels_reference
+from vllm_sirius.kernels import low_bit_reference as reference
+from vllm_sirius.kernels.activation import Activation
+from vllm_sirius.kernels.cpu import low_bit_kernels, low_bit_panel_kernels
+from vllm_sirius.kernels.cpu.low_bit_kernels import low_bit_coarse_ffn, low_bit_fine_ffn, low_bit_linear
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels
+from vllm_sirius.weights.rows import gates_first
 
 BITS = (8, 4)
 WIDTHS = (1, 130, 897)

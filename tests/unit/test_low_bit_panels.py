@@ -9,11 +9,11 @@ import shutil
 import pytest
 import torch
 
-from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.kernels import low_bit_panels_reference as reference
-from vllm_sirius.ffn.kernels.cpu.low_bit_panel_kernels import panels_ffn, panels_linear
-from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
+from vllm_sirius.kernels import low_bit_panels_reference as reference
+from vllm_sirius.kernels.activation import Activation
+from vllm_sirius.kernels.cpu.low_bit_panel_kernels import panels_ffn, panels_linear
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels, interleave
 
 HAS_COMPILER = bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 pytestmark = [

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from vllm_sirius.ffn.low_bit import CHUNK_WEIGHTS, SPAN, LowBitRows
+from vllm_sirius.weights.low_bit import CHUNK_WEIGHTS, SPAN, LowBitRows
 
 BITS = (8, 4)
 WIDTHS = (1, 7, 64, 65, 128, 129, 896, 1537)

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_sirius.cli import acceptance_length
-from vllm_sirius.ffn.weights import rows_read
 from vllm_sirius.metrics import (
     SpeculationCounts,
     effective_density,
     predicted_speedup,
     read_counts,
 )
+from vllm_sirius.weights.rows import rows_read
 
 
 def test_effective_density_reproduces_the_papers_rows():

@@ -14,8 +14,8 @@ from support.real_models import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sirius.acceptance import accept_by_threshold, accept_drawn, accept_own_choice, uniform_noise
-from vllm_sirius.acceptance_triton import pick_tokens, pick_tokens_reference
 from vllm_sirius.drafting.device_batch import DraftBatch, DraftTable
+from vllm_sirius.kernels.triton.acceptance import pick_tokens, pick_tokens_reference
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.observation import ObservedRows
 from vllm_sirius.sparsity.selector import NeuronSelector
@@ -109,7 +109,7 @@ def test_cuda_detects_no_synchronisation():
 
 
 PATH_OF_A_STEP = [
-    "vllm_sirius/acceptance_triton.py",
+    "vllm_sirius/kernels/triton/acceptance.py",
     "vllm_sirius/drafting/device_batch.py",
     "vllm_sirius/integration/draft_model.py",
     "vllm_sirius/integration/runner_v2/model_state.py",

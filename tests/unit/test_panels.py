@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 
-from vllm_sirius.correction import choice
-from vllm_sirius.correction.panels import Panels, panel_linear_reference
-from vllm_sirius.ffn.kernels.cpu import panel_linear as kernel
-from vllm_sirius.ffn.kernels.cpu.panel_linear import Products, available_products, has_panels, panel_linear
+from vllm_sirius.kernels.cpu import panel_linear as kernel
+from vllm_sirius.kernels.cpu.panel_linear import Products, available_products, has_panels, panel_linear
+from vllm_sirius.target import choice
+from vllm_sirius.weights.panels import Panels, panel_linear_reference
 
 HAS_COMPILER = bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 pytestmark = pytest.mark.usefixtures("fresh_input", "one_or_two_threads")

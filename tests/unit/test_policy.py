@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vllm_sirius.drafting.confidence import AcceptanceModel, RequestAcceptance, confidence
-from vllm_sirius.drafting.costs import CostCurve, StepCosts
-from vllm_sirius.drafting.policy import (
+from vllm_sirius.pacing.confidence import AcceptanceModel, RequestAcceptance, confidence
+from vllm_sirius.pacing.costs import CostCurve, StepCosts
+from vllm_sirius.pacing.policy import (
     LAST_PROBE_STEPS,
     PLAIN_STEPS,
     PROBE_TOKENS,

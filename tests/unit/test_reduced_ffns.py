@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_sirius.draft.backends import CoarseRowsBackend, FineRowsBackend
+from vllm_sirius.draft.layer import ReducedFFNs
+from vllm_sirius.draft.locate import locate_gated_ffns
+from vllm_sirius.draft.low_bit_linears import LowBitLinears, quantise_linear
+from vllm_sirius.draft.self_test import backend_reproduces_ffns
 from vllm_sirius.errors import SiriusIntegrationError, SiriusUnsupportedError
-from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.backends import CoarseRowsBackend, FineRowsBackend
-from vllm_sirius.ffn.kernels.native import SWITCH, choose_kernels
-from vllm_sirius.ffn.layer import ReducedFFNs
-from vllm_sirius.ffn.locate import locate_gated_ffns
-from vllm_sirius.ffn.low_bit_linears import LowBitLinears, quantise_linear
-from vllm_sirius.ffn.self_test import backend_reproduces_ffns
-from vllm_sirius.ffn.weights import by_neuron, gates_first, neuron_norms, neuron_rows
+from vllm_sirius.kernels.activation import Activation
+from vllm_sirius.kernels.native import SWITCH, choose_kernels
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.observation import ObservedRows
 from vllm_sirius.sparsity.statistics import NeuronStatistics
+from vllm_sirius.weights.rows import by_neuron, gates_first, neuron_norms, neuron_rows
 
 CPU = torch.device("cpu")
 HIDDEN, NEURONS, LAYERS = 12, 20, 3

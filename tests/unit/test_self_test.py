@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from test_reduced_ffns import CPU, FFN, HIDDEN, LAYERS, Model, SiluAndMul, reduced
 from torch import nn
 
+from vllm_sirius.draft.backends import CoarseRowsBackend, LowBitPanelsBackend
+from vllm_sirius.draft.layer import ReducedFFNs
+from vllm_sirius.draft.locate import locate_gated_ffns
+from vllm_sirius.draft.low_bit_linears import LowBitLinears, quantise_linear
+from vllm_sirius.draft.self_test import NUM_TOKENS, assert_draft_is_reduced
 from vllm_sirius.errors import SiriusIntegrationError
-from vllm_sirius.ffn.backends import CoarseRowsBackend, LowBitPanelsBackend
-from vllm_sirius.ffn.layer import ReducedFFNs
-from vllm_sirius.ffn.locate import locate_gated_ffns
-from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_linears import LowBitLinears, quantise_linear
-from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
-from vllm_sirius.ffn.self_test import NUM_TOKENS, assert_draft_is_reduced
-from vllm_sirius.ffn.weights import by_neuron, neuron_rows
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels, interleave
+from vllm_sirius.weights.rows import by_neuron, neuron_rows
 
 VOCABULARY = 32
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

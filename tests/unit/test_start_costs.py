@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.drafting.costs import StepCosts
-from vllm_sirius.drafting.start_costs import (
+from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.pacing.costs import StepCosts
+from vllm_sirius.pacing.start_costs import (
     LONG_PASS,
     MOST_SECONDS,
     MOST_TOKENS,
@@ -21,7 +22,6 @@ from vllm_sirius.drafting.start_costs import (
     passes_to_measure,
     what_costs_promise,
 )
-from vllm_sirius.errors import SiriusUnsupportedError
 
 PREDICTED = 0.3
 CONFIG = SiriusConfig(draft_weights="int4", sparsity="none")

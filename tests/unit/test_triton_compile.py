@@ -17,7 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.gpu import glue  # noqa: E402
 from vllm_sirius import acceptance_triton  # noqa: E402
-from vllm_sirius.ffn.kernels.triton import kernels, projection, selection, statistics, streaming, tuning  # noqa: E402
+from vllm_sirius.kernels.triton import kernels, projection, selection, statistics, streaming, tuning  # noqa: E402
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes that a program may have, by compute capability."""

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from vllm_sirius.acceptance import emit_tokens
-from vllm_sirius.acceptance_triton import pick_tokens, pick_tokens_reference
-from vllm_sirius.ffn.kernels.triton import arguments, kernels, reference, statistics, tuning
-from vllm_sirius.ffn.kernels.triton.tuning import Tiles, Tuner
+from vllm_sirius.kernels.triton import arguments, kernels, reference, statistics, tuning
+from vllm_sirius.kernels.triton.acceptance import pick_tokens, pick_tokens_reference
+from vllm_sirius.kernels.triton.runtime import TritonUnavailableError
+from vllm_sirius.kernels.triton.tuning import Tiles, Tuner
 from vllm_sirius.sparsity.statistics import NeuronStatistics, ObservedRows
-from vllm_sirius.triton_runtime import TritonUnavailableError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -50,9 +50,9 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from vllm_sirius.acceptance_triton import pick_tokens
-from vllm_sirius.ffn.kernels.triton import kernels, reference, statistics, tuning
-from vllm_sirius.triton_runtime import TritonUnavailableError
+from vllm_sirius.kernels.triton.acceptance import pick_tokens
+from vllm_sirius.kernels.triton import kernels, reference, statistics, tuning
+from vllm_sirius.kernels.triton.runtime import TritonUnavailableError
 assert "vllm" not in sys.modules
 weights = torch.ones(4, 8), torch.ones(2, 8)
 assert reference.fine_ffn(torch.ones(1, 8), *weights, 1, "silu").shape == (1, 8)
@@ -165,7 +165,7 @@ def test_picking_twin_emits_what_acceptance_emits() -> None:
 
 
 def test_picking_for_no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_sirius.acceptance_triton.require_triton", lambda tensor: None)
+    monkeypatch.setattr("vllm_sirius.kernels.triton.acceptance.require_triton", lambda tensor: None)
     nothing = torch.empty(0, dtype=torch.int64)
     for pick in (pick_tokens, pick_tokens_reference):
         sampled, num_sampled = pick(nothing, nothing, nothing > 0, torch.zeros(1, dtype=torch.int32), 4)

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.measuring.engine import Answers
 from vllm_sirius.metrics import SpeculationCounts
+from vllm_sirius.pacing.costs import StepCosts
 from vllm_sirius.tuning.certainty import interval
 from vllm_sirius.tuning.errors import TuningError
 from vllm_sirius.tuning.grid import DEFAULT_DRAFTS, DRAFTS, RULES, Draft

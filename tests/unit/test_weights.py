@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sirius.ffn.weights import by_neuron, gates_first, neuron_rows
+from vllm_sirius.weights.rows import by_neuron, gates_first, neuron_rows
 
 SMAPS, HUGE_PAGES = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage")
 

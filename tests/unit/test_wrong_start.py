@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from vllm_sirius.drafting import policy
-from vllm_sirius.drafting.costs import StepCosts
-from vllm_sirius.drafting.policy import Draft, DraftPolicy
+from vllm_sirius.pacing import policy
+from vllm_sirius.pacing.costs import StepCosts
+from vllm_sirius.pacing.policy import Draft, DraftPolicy
 
 LONGEST = 15
 SIZES = (1, 2, 4, 8, 16, 32, 64)

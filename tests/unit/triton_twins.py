@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_sirius.acceptance_triton import pick_tokens, pick_tokens_reference
-from vllm_sirius.ffn.activation import Activation
-from vllm_sirius.ffn.kernels.triton import kernels, projection, reference, statistics, tuning
-from vllm_sirius.triton_runtime import INTERPRETED
+from vllm_sirius.kernels.activation import Activation
+from vllm_sirius.kernels.triton import kernels, projection, reference, statistics, tuning
+from vllm_sirius.kernels.triton.acceptance import pick_tokens, pick_tokens_reference
+from vllm_sirius.kernels.triton.runtime import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 assert INTERPRETED or torch.cuda.is_available(), "no GPU: set TRITON_INTERPRET=1"

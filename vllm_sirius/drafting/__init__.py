@@ -1,1 +1,1 @@
-"""The draft loop and how far it goes. Independent of the model runner."""
+"""What is drafted: the draft loop and prompt lookup. Independent of the model runner."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_sirius.drafting.costs import CostCurve
+from vllm_sirius.pacing.costs import CostCurve
 
 LONGEST_MATCH = 4
 """Tokens at the end of the text that are compared; a longer match says little more."""

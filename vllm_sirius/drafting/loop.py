@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_sirius.drafting.lookup import NO_GUESS, Guess, Lookup
-from vllm_sirius.drafting.policy import LengthRule
+from vllm_sirius.pacing.policy import LengthRule
 
 DraftForward = Callable[[list[int], list[int], torch.Tensor, torch.Tensor], torch.Tensor]
 """Runs one draft step: (rows, counts, token_ids ``int32 [n]``, positions ``int64 [n]``) -> logits ``[n, vocabulary]``.

@@ -19,9 +19,9 @@ from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.logger import init_logger
 
+from vllm_sirius.draft.layer import ReducedFFNs
+from vllm_sirius.draft.low_bit_linears import with_bias
 from vllm_sirius.errors import SiriusIntegrationError
-from vllm_sirius.ffn.layer import ReducedFFNs
-from vllm_sirius.ffn.low_bit_linears import with_bias
 
 logger = init_logger("vllm.sirius")
 

@@ -20,11 +20,11 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_sirius.draft.locate import GatedFFN
 from vllm_sirius.errors import ModelError, SiriusError, one_line
-from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
-from vllm_sirius.ffn.locate import GatedFFN
 from vllm_sirius.integration.draft_plan import DraftPlan, choose_packed_kernels, plan_draft, why_no_kernel
 from vllm_sirius.integration.speculative_config import METHOD
+from vllm_sirius.kernels.native import KernelChoice, choose_kernels
 
 
 def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> DraftPlan:

@@ -12,8 +12,8 @@ from torch import nn
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 
-from vllm_sirius.ffn.layer import ReducedFFNs
-from vllm_sirius.ffn.self_test import NUM_TOKENS
+from vllm_sirius.draft.layer import ReducedFFNs
+from vllm_sirius.draft.self_test import NUM_TOKENS
 from vllm_sirius.integration.compiled_draft import can_compile, clone_draft, release_with
 from vllm_sirius.integration.draft_norms import switch_norms
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_sirius.ffn.low_bit_linears import DraftMode
+from vllm_sirius.draft.low_bit_linears import DraftMode
 
 MAX_TOKENS = 32
 """Rows of a draft step for which native kernels are the faster way."""

@@ -10,16 +10,16 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.draft.backends import Backend
+from vllm_sirius.draft.locate import GatedFFN
+from vllm_sirius.draft.low_bit_linears import LowBitLinears
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.backends import Backend
-from vllm_sirius.ffn.kernels.native import KernelChoice, choose_kernels
-from vllm_sirius.ffn.locate import GatedFFN
-from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_linears import LowBitLinears
-from vllm_sirius.ffn.low_bit_panels import LowBitPanels
-from vllm_sirius.ffn.weights import rows_read
 from vllm_sirius.integration.model_parts import ModelParts, find_parts, step_bytes
 from vllm_sirius.integration.speculative_config import resolve_draft
+from vllm_sirius.kernels.native import KernelChoice, choose_kernels
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels
+from vllm_sirius.weights.rows import rows_read
 
 
 @dataclass(frozen=True)

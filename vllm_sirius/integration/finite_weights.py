@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_sirius.draft.locate import language_model
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.locate import language_model
 
 MOST_NAMED = 3
 """Weights that the refusal names; a broken checkpoint may have hundreds."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from vllm.forward_context import get_forward_context
 
-from vllm_sirius.ffn.layer import ReducedFFNs
+from vllm_sirius.draft.layer import ReducedFFNs
 
 SWITCH = "vllm_sirius.switch"
 """Name of the switch in an engine's registry of layers; no module of a model is called so."""

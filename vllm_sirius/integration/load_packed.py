@@ -10,7 +10,6 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_loader
 
-from vllm_sirius.correction.choice import TargetKernels
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.integration.draft_plan import DraftPlan, choose_packed_kernels, plan_draft
 from vllm_sirius.integration.reload import TargetReload
@@ -18,6 +17,7 @@ from vllm_sirius.integration.speculative_config import record_target_kernels
 from vllm_sirius.integration.target import LoadedTarget, with_true_kernels
 from vllm_sirius.integration.target_linears import choose_target_kernels, use_panels
 from vllm_sirius.integration.weight_readers import WeightReaders, method_of
+from vllm_sirius.target.choice import TargetKernels
 
 logger = init_logger("vllm.sirius")
 

@@ -14,16 +14,16 @@ from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from vllm_sirius.draft.backends import TritonBackend
+from vllm_sirius.draft.locate import GatedFFN
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.backends import TritonBackend
-from vllm_sirius.ffn.kernels.native import KernelChoice, choose_triton
-from vllm_sirius.ffn.kernels.triton.statistics import observe_ffn
-from vllm_sirius.ffn.locate import GatedFFN
-from vllm_sirius.ffn.weights import neuron_norms, store_as_rows
 from vllm_sirius.integration.draft_plan import DraftPlan, plan_draft, why_no_kernel
 from vllm_sirius.integration.finite_weights import check_layers
 from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.target import LoadedTarget, with_true_kernels
+from vllm_sirius.kernels.native import KernelChoice, choose_triton
+from vllm_sirius.kernels.triton.statistics import observe_ffn
+from vllm_sirius.weights.rows import neuron_norms, store_as_rows
 
 
 def read_target(model: nn.Module, vllm_config: Any) -> LoadedTarget:

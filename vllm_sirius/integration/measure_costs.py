@@ -10,11 +10,11 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.drafting.costs import StepCosts
-from vllm_sirius.drafting.start_costs import Pass, measure_by_turns, passes_to_measure, what_costs_promise
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.integration.device_clock import seconds_of
 from vllm_sirius.integration.draft_model import DraftModel
+from vllm_sirius.pacing.costs import StepCosts
+from vllm_sirius.pacing.start_costs import Pass, measure_by_turns, passes_to_measure, what_costs_promise
 
 logger = init_logger("vllm.sirius")
 

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from vllm_sirius.ffn.locate import GatedFFN, language_model, locate_gated_ffns
+from vllm_sirius.draft.locate import GatedFFN, language_model, locate_gated_ffns
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_sirius.drafting.batch_length import BatchLength
+from vllm_sirius.pacing.batch_length import BatchLength
 
 if TYPE_CHECKING:
     # The mixin's methods call those of the scheduler it is mixed into.

@@ -15,8 +15,8 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.drafting.batch_length import draft_lengths
 from vllm_sirius.errors import SiriusConfigError
+from vllm_sirius.pacing.batch_length import draft_lengths
 from vllm_sirius.version import __version__
 
 METHOD: Literal["sirius"] = "sirius"

@@ -11,23 +11,23 @@ from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.correction.choice import TargetKernels
+from vllm_sirius.draft.backends import Backend
+from vllm_sirius.draft.kernel_switch import KernelSwitch
+from vllm_sirius.draft.layer import ReducedFFNs
+from vllm_sirius.draft.locate import GatedFFN
+from vllm_sirius.draft.low_bit_linears import LowBitLinears
+from vllm_sirius.draft.self_test import assert_draft_is_reduced, backend_reproduces_ffns
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.backends import Backend
-from vllm_sirius.ffn.kernel_switch import KernelSwitch
-from vllm_sirius.ffn.kernels.native import KernelChoice
-from vllm_sirius.ffn.layer import ReducedFFNs
-from vllm_sirius.ffn.locate import GatedFFN
-from vllm_sirius.ffn.low_bit_linears import LowBitLinears
-from vllm_sirius.ffn.self_test import assert_draft_is_reduced, backend_reproduces_ffns
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.draft_plan import DraftPlan
 from vllm_sirius.integration.graph_operators import register_switch
 from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.speculative_config import draft_masked, record_draft_kernels, sirius_config
+from vllm_sirius.kernels.native import KernelChoice
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.selector import NeuronSelector
 from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObserveKernel
+from vllm_sirius.target.choice import TargetKernels
 
 logger = init_logger("vllm.sirius")
 

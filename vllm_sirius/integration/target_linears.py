@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.correction.choice import TargetKernels, choose_by_processor, why_no_panels
-from vllm_sirius.correction.panels import Panels
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.kernels.cpu.panel_linear import panel_linear
+from vllm_sirius.kernels.cpu.panel_linear import panel_linear
+from vllm_sirius.target.choice import TargetKernels, choose_by_processor, why_no_panels
+from vllm_sirius.weights.panels import Panels
 
 
 @torch.library.custom_op("vllm_sirius::panel_linear", mutates_args=())

@@ -16,16 +16,16 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.draft.backends import Backend, CoarseRowsBackend, FineRowsBackend, LowBitPanelsBackend
+from vllm_sirius.draft.locate import GatedFFN
+from vllm_sirius.draft.low_bit_linears import LowBitLinears, LowBitWeight, quantise_linear
 from vllm_sirius.errors import SiriusUnsupportedError
-from vllm_sirius.ffn.backends import Backend, CoarseRowsBackend, FineRowsBackend, LowBitPanelsBackend
-from vllm_sirius.ffn.locate import GatedFFN
-from vllm_sirius.ffn.low_bit import LowBitRows
-from vllm_sirius.ffn.low_bit_linears import LowBitLinears, LowBitWeight, quantise_linear
-from vllm_sirius.ffn.low_bit_panels import LowBitPanels, interleave
-from vllm_sirius.ffn.weights import by_neuron, empty_rows, gate_up_rows, gates_first, neuron_norms
 from vllm_sirius.integration.draft_plan import CopiedLinear, DraftPlan
 from vllm_sirius.integration.finite_weights import FiniteWeights
 from vllm_sirius.integration.target_linears import use_panels
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels, interleave
+from vllm_sirius.weights.rows import by_neuron, empty_rows, gate_up_rows, gates_first, neuron_norms
 
 Reader = Callable[[torch.Tensor], None]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.measuring.engine import Answers, Engine, EngineError
 from vllm_sirius.metrics import SpeculationCounts
+from vllm_sirius.pacing.costs import StepCosts
 from vllm_sirius.request_options import THRESHOLD_KEY
 from vllm_sirius.tuning.errors import TuningError
 from vllm_sirius.tuning.grid import ABOVE_EVERY_LIKELIHOOD, RULES, THRESHOLD, Draft

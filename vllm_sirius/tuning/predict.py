@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_sirius.config import MIN_KERNEL_SIZE
-from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.metrics import SpeculationCounts, predicted_speedup
+from vllm_sirius.pacing.costs import StepCosts
 from vllm_sirius.tuning.grid import Draft
 
 

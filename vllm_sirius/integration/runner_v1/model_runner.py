@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_sirius.drafting.costs import StepCosts
 from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.loop import draft_tokens
-from vllm_sirius.drafting.policy import DraftPolicy
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_packed import load_target
@@ -24,6 +22,8 @@ from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionS
 from vllm_sirius.integration.runner_v1.seeded_draws import place_generators
 from vllm_sirius.integration.speculative_config import METHOD, sirius_config
 from vllm_sirius.integration.target import make_draft
+from vllm_sirius.pacing.costs import StepCosts
+from vllm_sirius.pacing.policy import DraftPolicy
 
 
 class SiriusCPUModelRunner(CPUModelRunner):

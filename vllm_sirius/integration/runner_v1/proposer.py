@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
+from vllm_sirius.draft.layer import ReducedFFNs
 from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.loop import DraftRequest
-from vllm_sirius.drafting.policy import Draft, DraftPolicy, FullLength, LengthRule
-from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.integration.target import LoadedTarget, install_switch
+from vllm_sirius.pacing.policy import Draft, DraftPolicy, FullLength, LengthRule
 from vllm_sirius.sparsity.observation import ObservedRows
 from vllm_sirius.sparsity.selector import NeuronSelector
 from vllm_sirius.sparsity.statistics import NeuronStatistics

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.drafting.confidence import RequestAcceptance
+from vllm_sirius.pacing.confidence import RequestAcceptance
 from vllm_sirius.request_options import parse_request_options
 
 

@@ -9,9 +9,9 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_sirius.acceptance import accept_by_threshold, accept_drawn, accept_own_choice, uniform_noise
-from vllm_sirius.acceptance_triton import pick_tokens
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.drafting.device_batch import DraftTable
+from vllm_sirius.kernels.triton.acceptance import pick_tokens
 
 
 class SiriusRejectionSampler(RejectionSampler):

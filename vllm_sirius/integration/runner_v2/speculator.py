@@ -21,9 +21,8 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
-from vllm_sirius.drafting.costs import StepCosts
+from vllm_sirius.draft.layer import ReducedFFNs
 from vllm_sirius.drafting.device_batch import DraftBatch, DraftTable
-from vllm_sirius.ffn.layer import ReducedFFNs
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_plain import read_target
@@ -35,6 +34,7 @@ from vllm_sirius.integration.runner_v2.rejection_sampler import SiriusRejectionS
 from vllm_sirius.integration.runner_v2.request_state import SiriusRequestState
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.integration.target import LoadedTarget, install_switch, make_draft
+from vllm_sirius.pacing.costs import StepCosts
 from vllm_sirius.sparsity.selector import NeuronSelector
 
 

@@ -1,1 +1,0 @@
-"""How the target's correction pass runs: its dense linear layers on the few tokens between two corrections."""

@@ -1,1 +1,0 @@
-"""Kernels of the reduced FFN, each with a plain PyTorch twin in `reference`."""
