@@ -216,7 +216,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="path or hub name")
     parser.add_argument("--dtype", default="bfloat16", help="type of the weights (default: %(default)s)")
-    parser.add_argument("--speculative-config", default="{}", metavar="JSON", help="further knobs of Sirius")
+    parser.add_argument("--speculative-config", default="{}", metavar="JSON", help="further options of Sirius")
     parser.add_argument("--compiled", action="store_true", help="compile the models")
     parser.add_argument("--busy", type=positive, default=os.cpu_count() or 2, metavar="N", help="busy loops")
     parser.add_argument("--settle", type=float, default=30.0, metavar="S", help="seconds that count apart")

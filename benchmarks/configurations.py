@@ -74,7 +74,7 @@ class Configuration:
 
     @property
     def sirius(self) -> SiriusConfig | None:
-        """The knobs of Sirius, where that is its method."""
+        """The options of Sirius, where that is its method."""
         return SiriusConfig.from_options(self.speculative_config) if self.method == SIRIUS else None
 
     @property

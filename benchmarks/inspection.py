@@ -21,12 +21,12 @@ SCALES_SHARE = 1 / 8
 
 
 @functools.cache
-def doctor(model: str, knobs: str, dtype: str) -> dict[str, Any]:
+def doctor(model: str, options: str, dtype: str) -> dict[str, Any]:
     """Asks `vllm-sirius doctor` about a model, in a process of its own.
 
     Args:
         model: Path or hub name.
-        knobs: Knobs of Sirius as JSON.
+        options: Options of Sirius as JSON.
         dtype: Type of the weights.
 
     Returns:
@@ -36,35 +36,35 @@ def doctor(model: str, knobs: str, dtype: str) -> dict[str, Any]:
         BenchmarkError: If Sirius cannot serve the model here.
     """
     try:
-        return ask_doctor(model, json.loads(knobs), dtype)
+        return ask_doctor(model, json.loads(options), dtype)
     except DoctorError as error:
         raise BenchmarkError(f"--model {model}: {error}") from error
 
 
-def draft_knobs(config: SiriusConfig | None) -> str:
-    """The knobs that decide what a draft step reads.
+def draft_options(config: SiriusConfig | None) -> str:
+    """The options that decide what a draft step reads.
 
     Args:
-        config: The knobs of an arm; ``None`` for an arm without Sirius.
+        config: The options of an arm; ``None`` for an arm without Sirius.
 
     Returns:
         JSON for `doctor`, the same for arms with the same draft.
     """
     if config is None:
         return "{}"
-    knobs: dict[str, Any] = {"sparsity": config.sparsity, "draft_weights": config.draft_weights}
+    options: dict[str, Any] = {"sparsity": config.sparsity, "draft_weights": config.draft_weights}
     if config.sparsity in ("coarse", "fine"):
-        knobs["density"] = config.density
+        options["density"] = config.density
     if config.draft_weights != "shared":
-        knobs["draft_weights_scope"] = config.draft_weights_scope
-    return json.dumps(knobs)
+        options["draft_weights_scope"] = config.draft_weights_scope
+    return json.dumps(options)
 
 
 def copied_bytes(config: SiriusConfig, step_bytes: int, ffn_share: float) -> int:
     """Estimates the weights that the draft of Sirius keeps for itself on a CPU.
 
     Args:
-        config: The knobs; ``auto`` is what it is on CPU.
+        config: The options; ``auto`` is what it is on CPU.
         step_bytes: Weight bytes of a decoding step.
         ffn_share: Part of them that belongs to FFNs.
 
@@ -106,7 +106,7 @@ def draft_density(configuration: Configuration, model: str, dtype: str, step_byt
         The part: 0 for methods that draft without weights, ``None`` where it is unknown.
     """
     if configuration.sirius is not None:
-        return float(doctor(model, draft_knobs(configuration.sirius), dtype)["draft_density"])
+        return float(doctor(model, draft_options(configuration.sirius), dtype)["draft_density"])
     drafter = configuration.speculative_config.get("model")
     if drafter is None:
         return 0.0

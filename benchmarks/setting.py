@@ -137,7 +137,7 @@ def prepare(given: argparse.Namespace, with_prompts: bool = True) -> Setting:
         longest += max(len(prompt.token_ids) for each in found.values() for prompt in each)
     else:
         longest += given.input_tokens
-    report = inspection.doctor(given.model, inspection.draft_knobs(_first_sirius(arms)), given.dtype)
+    report = inspection.doctor(given.model, inspection.draft_options(_first_sirius(arms)), given.dtype)
     cache = given.kv_cache_memory_bytes or max(SMALLEST_CACHE_BYTES, batch_sizes[-1] * SEQUENCE_BYTES)
     engine = {
         "model": given.model,

@@ -14,7 +14,7 @@ QUESTIONS = ["Name the planets of the solar system.", "Write a Python function t
 
 
 def main() -> None:
-    """Answers the questions and says how many tokens each correction pass advanced."""
+    """Answers the questions and says how many tokens each verification pass advanced."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=MODEL)
     parser.add_argument("--enforce-eager", action="store_true", help="start in seconds instead of compiling first")
@@ -31,7 +31,7 @@ def main() -> None:
     for output in llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=64)):
         print(output.outputs[0].text.strip(), end="\n\n")
     counts = read_counts(llm.get_metrics())
-    print(f"acceptance length {counts.acceptance_length:.2f}/16 over {counts.num_drafts} correction passes")
+    print(f"acceptance length {counts.acceptance_length:.2f}/16 over {counts.num_drafts} verification passes")
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file

@@ -1,4 +1,4 @@
-"""Which draft tokens of a correction pass are kept: pure tensor functions.
+"""Which draft tokens of a verification pass are kept: pure tensor functions.
 
 Names, as in vLLM's rejection sampler: the *recovered* token replaces the first rejected draft token, the *bonus*
 token follows a draft that was accepted whole. Leaf module: torch only.

@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--fix", action="store_true", help="repair what can be repaired in the environment, and say what"
     )
-    doctor.add_argument("--speculative-config", type=_knobs, default={}, metavar="JSON", help="knobs of Sirius as JSON")
+    doctor.add_argument(
+        "--speculative-config", type=_options, default={}, metavar="JSON", help="options of Sirius as JSON"
+    )
     doctor.add_argument("--dtype", choices=(*tuning_options.DTYPES, "half", "float"), default="auto")
     doctor.add_argument("--trust-remote-code", action="store_true")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -77,23 +79,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _knobs(text: str) -> dict[str, Any]:
+def _options(text: str) -> dict[str, Any]:
     """Reads ``--speculative-config`` as vLLM does."""
     example = """write an object, for example '{"kernel_size": 8}'"""
     try:
-        knobs = json.loads(text)
+        options = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text[:80]} is not JSON ({error}): {example}") from error
-    if not isinstance(knobs, dict):
+    if not isinstance(options, dict):
         raise argparse.ArgumentTypeError(f"{text[:80]} is JSON but no object: {example}")
-    method = knobs.pop("method", "sirius")
+    method = options.pop("method", "sirius")
     if method != "sirius":
         raise argparse.ArgumentTypeError(f"method={json.dumps(method)} is not Sirius: leave the method out")
-    return knobs
+    return options
 
 
 def acceptance_length(rate: float, kernel_size: int) -> float:
-    """Mean tokens per correction pass if each draft token passes with the same rate, independently.
+    """Mean tokens per verification pass if each draft token passes with the same rate, independently.
 
     Args:
         rate: Acceptance rate of one draft token, from 0 to 1.
@@ -175,7 +177,9 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
     print(f"  a draft step reads         {draft:.1%} of that ({how})")
     print(f"  extra memory for copies    {plan.copied_bytes / 2**20:.1f} MiB")
     print(f"  what of a draft is kept    {_rule_name(config)}")
-    print(f"  ceiling of the speed-up at kernel size {length}, if a correction pass cost no more than one dense step:")
+    print(
+        f"  ceiling of the speed-up at kernel size {length}, if a verification pass cost no more than one dense step:"
+    )
     for rate, ceiling in ceilings.items():
         print(
             f"    {rate:.0%} of draft tokens accepted (acceptance length {acceptance_length(rate, length):5.2f})"

@@ -1,4 +1,4 @@
-"""Every knob of Sirius: defaults, meaning, validation and error texts.
+"""Every option of Sirius: defaults, meaning, validation and error texts.
 
 Leaf module: imports neither vLLM nor torch. `SiriusConfig.from_options` takes the flat mapping that users
 write in ``--speculative-config`` and is the only place where an option is judged.
@@ -24,8 +24,8 @@ MIN_KERNEL_SIZE = 2
 MAX_KERNEL_SIZE = 128
 """vLLM's rejection sampler takes at most 128 draft tokens a request; the drafts are ``kernel_size - 1``."""
 
-MAX_LOOKUP_TOKENS = 31
-"""The draft's kernels take at most 32 tokens; one of them is no guess."""
+MAX_PROMPT_LOOKUP_TOKENS = 31
+"""The draft's kernels take at most 32 tokens; one of them is no candidate."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -38,47 +38,47 @@ PRESETS: dict[str, dict[str, Any]] = {
         "threshold": 0.1,
         "threshold_temperature": 0.6,
         "adaptive": False,
-        "lookup_tokens": 0,
+        "prompt_lookup_tokens": 0,
     }
 }
-"""Knobs by the name that stands for them; what the user gives beside the name goes before them."""
+"""Options by the name that stands for them; what the user gives beside the name goes before them."""
 
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 FLOAT32_MIN = 2.0**-126
 """Largest number of single precision, and the smallest above 0 that keeps its precision."""
 
 ENGINE_OPTIONS = ("method", "model", "num_speculative_tokens", "num_speculative_tokens_per_batch_size")
-"""Keys of a speculative config that are vLLM's own and may stand beside the knobs of Sirius."""
+"""Keys of a speculative config that are vLLM's own and may stand beside the options of Sirius."""
 
 
-COARSE_KNOBS = ("density", "refresh")
-"""Knobs that choose coarse sparsity where none is given."""
+COARSE_OPTIONS = ("density", "refresh")
+"""Options that choose coarse sparsity where none is given."""
 
-THRESHOLD_KNOBS = ("threshold", "threshold_temperature")
-"""Knobs that choose the threshold rule where no acceptance rule is given."""
+THRESHOLD_OPTIONS = ("threshold", "threshold_temperature")
+"""Options that choose the threshold rule where no acceptance rule is given."""
 
 
 @dataclass(frozen=True)
 class SiriusConfig:
-    """The knobs of one engine.
+    """The options of one engine.
 
     Attributes:
-        kernel_size: Most tokens that one correction pass of the target advances (the paper's period, section 4).
+        kernel_size: Most tokens that one verification pass of the target advances (the paper's period, section 4).
             A larger value spreads the cost of the correction over more draft tokens and wastes more of them
             when a draft is rejected. ``num_speculative_tokens = kernel_size - 1``.
         sparsity: Which neurons the draft keeps. ``coarse`` (CSparse, GRIFFIN): one set per layer for the whole
             running batch. ``fine`` (FSparse, like CATS): the largest ``|act(gate)|`` of each token. ``none``: all. ``auto`` is
-            ``none`` where drafts read copies in few bits and no knob of a sparsity is given, and otherwise ``coarse``.
+            ``none`` where drafts read quantised copies and no option of a sparsity is given, and otherwise ``coarse``.
         density: Part of the FFN neurons that the draft keeps, in (0, 1].
-        refresh: Update the coarse set from every correction pass. ``False`` is the paper's behaviour: the set is
+        refresh: Update the coarse set from every verification pass. ``False`` is the paper's behaviour: the set is
             fixed by the prompt.
         draft_weights: Weights the draft reads. ``shared`` are the target's own values; ``int8`` and ``int4`` are rounded
             copies, made at load without calibration data, which the target never reads. ``auto`` shares where the target's
             rows can be read (GPU), and otherwise (CPU, where the draft needs weights of its own) copies them: as int4 where it
             keeps all neurons, else as int8.
-        draft_weights_scope: What is copied in few bits: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
+        draft_weights_scope: What is quantised: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
         target_kernels: What runs the target's own dense linear layers on CPU: ``vllm`` its kernels, ``sirius`` a kernel for
-            the few tokens of a correction pass, on the same bf16 weights in another order; ``auto`` is
+            the few tokens of a verification pass, on the same bf16 weights in another order; ``auto`` is
             ``sirius`` where that can run, unless the processor has AMX: decided by the processor and never by a measurement. On
             a GPU vLLM's run always.
         acceptance: ``lossless`` is rejection sampling, whose output is distributed as the target's; ``threshold`` is the
@@ -92,11 +92,11 @@ class SiriusConfig:
             authors' code, absent from the paper's Algorithm 1). Sampling requests use their own temperature.
         adaptive: Let each request's draft length follow its recent acceptance (on Model Runner V2 one length for the batch);
             ``False`` always drafts ``kernel_size - 1`` tokens.
-        lookup_tokens: Most tokens that a draft step checks beside the one it drafts: guesses of what follows, looked up in
+        prompt_lookup_tokens: Most tokens that a draft step verifies beside the one it drafts: candidates looked up in
             the request's own text. As many are taken as pay by measured cost; the draft stays the same and gets cheaper.
             0 looks nothing up. Model Runner V2 drafts token by token.
         tree_width: Draft branches per position. Only 1 for now.
-        preset: Name of the preset that the knobs come from, as far as they were not given, or ``None``. A label: its values
+        preset: Name of the preset that the options come from, as far as they were not given, or ``None``. A label: its values
             are put in by `from_options`.
     """
 
@@ -112,7 +112,7 @@ class SiriusConfig:
     threshold: float = 0.1
     threshold_temperature: float = 0.6
     adaptive: bool = True
-    lookup_tokens: int = 7
+    prompt_lookup_tokens: int = 7
     tree_width: int = 1
     preset: str | None = None
 
@@ -149,7 +149,7 @@ class SiriusConfig:
                 "of the paper's code, or 1.0 for the plain likelihood."
             )
         _require_bool("adaptive", self.adaptive)
-        _require_int("lookup_tokens", self.lookup_tokens, 0, MAX_LOOKUP_TOKENS)
+        _require_int("prompt_lookup_tokens", self.prompt_lookup_tokens, 0, MAX_PROMPT_LOOKUP_TOKENS)
         _require_int("tree_width", self.tree_width, 1, None)
         self._check_supported()
 
@@ -166,7 +166,7 @@ class SiriusConfig:
 
     @property
     def num_speculative_tokens(self) -> int:
-        """Draft tokens per correction pass, vLLM's name for ``kernel_size - 1``."""
+        """Draft tokens per verification pass, vLLM's name for ``kernel_size - 1``."""
         return self.kernel_size - 1
 
     @property
@@ -175,13 +175,13 @@ class SiriusConfig:
         return {"shared": None, "int8": 8, "int4": 4}[self.draft_weights]
 
     def resolved(self, copies: bool) -> SiriusConfig:
-        """The knobs with ``sparsity`` and ``draft_weights`` decided.
+        """The options with ``sparsity`` and ``draft_weights`` decided.
 
         Args:
             copies: Whether drafts of this model read weights of their own on this machine (CPU), or the target's (GPU).
 
         Raises:
-            SiriusConfigError: If that contradicts another knob.
+            SiriusConfigError: If that contradicts another option.
         """
         sparsity, weights = self.sparsity, self.draft_weights
         if sparsity == "auto":
@@ -199,12 +199,12 @@ class SiriusConfig:
     def from_options(cls, options: Mapping[str, Any]) -> SiriusConfig:
         """Builds the config from what a user wrote in the speculative config.
 
-        A knob that has a meaning only with one choice makes that choice where it was left open: ``density`` and ``refresh``
+        An option that has a meaning only with one choice makes that choice where it was left open: ``density`` and ``refresh``
         stand for coarse sparsity, ``threshold`` and ``threshold_temperature`` for the threshold rule.
 
         Args:
-            options: Flat mapping of knobs, with or without vLLM's own keys `ENGINE_OPTIONS`. Dashes in keys count as
-                underscores. ``preset`` stands for the knobs of `PRESETS`, which all others refine.
+            options: Flat mapping of options, with or without vLLM's own keys `ENGINE_OPTIONS`. Dashes in keys count as
+                underscores. ``preset`` stands for the options of `PRESETS`, which all others refine.
 
         Returns:
             The validated config.
@@ -213,10 +213,10 @@ class SiriusConfig:
             SiriusConfigError: On an unknown key, a bad value or a contradiction.
         """
         given = {key.replace("-", "_"): value for key, value in options.items()}
-        knobs = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]
         for key in given:
-            if key not in knobs and key not in ENGINE_OPTIONS:
-                raise SiriusConfigError(_unknown_key(key, [*knobs, *ENGINE_OPTIONS]))
+            if key not in names and key not in ENGINE_OPTIONS:
+                raise SiriusConfigError(_unknown_key(key, [*names, *ENGINE_OPTIONS]))
         num_tokens = given.get("num_speculative_tokens")
         if num_tokens is not None:
             _require_int("num_speculative_tokens", num_tokens, MIN_KERNEL_SIZE - 1, MAX_KERNEL_SIZE - 1)
@@ -229,17 +229,17 @@ class SiriusConfig:
         if "preset" in given:
             _require_choice("preset", given["preset"], tuple(PRESETS))
         values = {**PRESETS.get(given.get("preset", ""), {}), **given}
-        if values.get("sparsity", "auto") == "auto" and any(key in values for key in COARSE_KNOBS):
+        if values.get("sparsity", "auto") == "auto" and any(key in values for key in COARSE_OPTIONS):
             values["sparsity"] = "coarse"
-        if any(key in given for key in THRESHOLD_KNOBS):
+        if any(key in given for key in THRESHOLD_OPTIONS):
             values.setdefault("acceptance", "threshold")
-        config = cls(**{key: values[key] for key in knobs if key in values})
+        config = cls(**{key: values[key] for key in names if key in values})
         config._check_contradictions(given)
         return config
 
     def _check_contradictions(self, given: Mapping[str, Any]) -> None:
         """Judges what the user wrote; values of a preset are only what is left where nothing was written."""
-        for key in THRESHOLD_KNOBS:
+        for key in THRESHOLD_OPTIONS:
             if self.lossless and key in given:
                 raise SiriusConfigError(
                     f"{key}={given[key]!r} has no meaning with acceptance='lossless': drop it, or use "

@@ -16,7 +16,7 @@ class SpeculationCounts:
     """vLLM's counters of speculative decoding.
 
     Attributes:
-        num_drafts: Correction passes that had draft tokens to judge.
+        num_drafts: Verification passes that had draft tokens to judge.
         num_draft_tokens: Draft tokens judged.
         num_accepted_tokens: Draft tokens accepted.
         accepted_by_position: Drafts whose token at each position was accepted.
@@ -29,7 +29,7 @@ class SpeculationCounts:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens per correction pass, the paper's AAL (section 2): accepted tokens and the target's own one."""
+        """Mean tokens per verification pass, the paper's AAL (section 2): accepted tokens and the target's own one."""
         return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
 
     def since(self, earlier: SpeculationCounts) -> SpeculationCounts:
@@ -64,12 +64,12 @@ def read_counts(metrics: Iterable[Any]) -> SpeculationCounts:
 
 
 def effective_density(draft_step_density: float, mean_drafted: float, acceptance_length: float) -> float:
-    """Weights read per emitted token against dense decoding (paper section 2, with a correction pass counted as one step).
+    """Weights read per emitted token against dense decoding (paper section 2, with a verification pass counted as one step).
 
     Args:
         draft_step_density: Part of the bytes of a dense step that a draft step reads.
-        mean_drafted: Mean draft tokens per correction pass; ``kernel_size - 1`` without adaptive length.
-        acceptance_length: Mean tokens per correction pass.
+        mean_drafted: Mean draft tokens per verification pass; ``kernel_size - 1`` without adaptive length.
+        acceptance_length: Mean tokens per verification pass.
 
     Returns:
         The density; below 1 decoding reads less than without Sirius.
@@ -78,13 +78,13 @@ def effective_density(draft_step_density: float, mean_drafted: float, acceptance
 
 
 def predicted_speedup(acceptance_length: float, mean_drafted: float, draft_cost: float, verify_cost: float) -> float:
-    """The speed model: tokens per correction pass over its cost in dense one-token steps.
+    """The speed model: tokens per verification pass over its cost in dense one-token steps.
 
     Args:
-        acceptance_length: Mean tokens per correction pass.
-        mean_drafted: Mean draft tokens per correction pass.
+        acceptance_length: Mean tokens per verification pass.
+        mean_drafted: Mean draft tokens per verification pass.
         draft_cost: Draft step over dense step.
-        verify_cost: Correction pass over dense step.
+        verify_cost: Verification pass over dense step.
 
     Returns:
         Speed against decoding without Sirius.

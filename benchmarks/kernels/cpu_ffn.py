@@ -191,7 +191,7 @@ def dense_ffn(
 
 
 def ffn_arms(layers: Layers, low: dict[int, list[LowBitRows]], inputs: torch.Tensor) -> Iterator[Arm]:
-    """Coarse with neurons drawn at random for every layer, fine with half of them, and all of few bits."""
+    """Coarse with neurons drawn at random for every layer, fine with half of them, and all quantised ones."""
     num_neurons, num_layers = layers[0].shape[0], len(layers)
     kept = {
         density: [torch.randperm(num_neurons)[: int(density * num_neurons)].sort().values.int() for _ in layers]

@@ -18,7 +18,7 @@ def draw(rows: Sequence[Row], kernel_size: int, subtitle: str, path: Path) -> No
 
     Args:
         rows: The arms, vLLM alone first.
-        kernel_size: Most tokens per correction pass.
+        kernel_size: Most tokens per verification pass.
         subtitle: Conditions, one line.
         path: PNG file to write.
     """
@@ -83,7 +83,7 @@ def _draw_lengths(axes: Any, rows: Sequence[Row], colours: Sequence[str], kernel
         color=INK,
     )
     axes.set_ylim(0, kernel_size * 1.2)
-    axes.set_ylabel("acceptance length\n(tokens per correction pass)")
+    axes.set_ylabel("acceptance length\n(tokens per verification pass)")
     for x, row in enumerate(rows):
         label = "1 (no drafts)"
         if row.mean_drafted > 0:

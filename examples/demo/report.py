@@ -67,8 +67,8 @@ class Row:
         ratio: Speed over that of vLLM alone.
         ratio_quartiles: Quartiles of the ratio over prompts: first, median, third.
         prompt_ratios: The ratio of each prompt.
-        acceptance_length: Mean tokens per correction pass.
-        mean_drafted: Mean draft tokens per correction pass.
+        acceptance_length: Mean tokens per verification pass.
+        mean_drafted: Mean draft tokens per verification pass.
         draft_density: Part of the weights a draft step reads.
         effective_density: Weights read per token against vLLM alone.
         num_identical: Answers with the same tokens as vLLM alone.
@@ -142,7 +142,7 @@ def format_table(rows: Sequence[Row], kernel_size: int) -> str:
 
     Args:
         rows: The arms.
-        kernel_size: Most tokens per correction pass.
+        kernel_size: Most tokens per verification pass.
 
     Returns:
         Lines for a terminal of 110 columns.

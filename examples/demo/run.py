@@ -104,7 +104,7 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         model: Path or hub name.
-        options: Knobs of Sirius.
+        options: Options of Sirius.
 
     Raises:
         DemoError: If it cannot be served with them.

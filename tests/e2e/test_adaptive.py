@@ -45,10 +45,10 @@ def test_costs_are_measured_and_can_be_asked_for(host):
     # Passes beyond a long one are not measured.
     sizes = sorted(map(int, costs["target_seconds"]))
     assert sizes == [1, 2, 4, 8, 16, 32, 64][: max(len(sizes), 3)]
-    # Four requests, each with up to seven guesses.
+    # Four requests, each with up to seven candidates.
     sizes = sorted(map(int, costs["draft_seconds"]))
     assert sizes == [1, 2, 4, 5, 8, 9, 16, 17, 32][: max(len(sizes), 3)]
-    plain = host.probe(engine(lookup_tokens=0), "support.probes:measured_costs")
+    plain = host.probe(engine(prompt_lookup_tokens=0), "support.probes:measured_costs")
     assert sorted(map(int, plain["draft_seconds"])) == [1, 2, 4]
     assert all(0 < seconds < 10 for curve in costs.values() for seconds in curve.values())
     largest = max(costs["target_seconds"], key=int)

@@ -54,7 +54,7 @@ def test_kept_graphs_serve_every_engine_that_they_fit_and_no_other_v1(tmp_path):
     """vLLM keeps graphs on disk and loads them unseen, also in another process and beside those of other engines."""
     model, prompts = str(build("llama", tmp_path)), random_prompts(20, 9)
     whole, coarse = {}, {"sparsity": "coarse", "draft_weights_scope": "ffn"}
-    knobs = {"method": "sirius", "kernel_size": 8, "adaptive": False, "lookup_tokens": 0}
+    common = {"method": "sirius", "kernel_size": 8, "adaptive": False, "prompt_lookup_tokens": 0}
     cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
 
     def serve(host, options):
@@ -63,7 +63,7 @@ def test_kept_graphs_serve_every_engine_that_they_fit_and_no_other_v1(tmp_path):
             "max_model_len": 128,
             "max_num_seqs": 4,
             "enforce_eager": False,
-            "speculative_config": {**knobs, **options},
+            "speculative_config": {**common, **options},
         }
         found = host.generate(engine, prompts, SAMPLING)
         report = host.probe(engine, "support.probes:compiled_draft_report")

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from support.engine_host import EngineHost
 from support.tiny_models import build
 
-SIRIUS = {"method": "sirius", "kernel_size": 4, "adaptive": False, "lookup_tokens": 0}
+SIRIUS = {"method": "sirius", "kernel_size": 4, "adaptive": False, "prompt_lookup_tokens": 0}
 COST = re.compile(r"a draft step keeps (\d+)% of the bytes, predicted draft cost ([\d.]+) of")
 COPIED = re.compile(r"Sirius: copied (\d+) layers to (\w+) in [\d.]+ s")
 
@@ -76,8 +76,8 @@ def test_doctor_engine_and_copies_agree(v1, doctors, name, dtype, looked_up):
 def test_other_drafts_agree_too(v1, doctors, options):
     path, doctor = doctors["llama", "bfloat16", str(options)]
     v1.probe_static("support.start_lines:heard")
-    knobs = {**SIRIUS, **options}
-    engine = {"model": path, "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 2, "speculative_config": knobs}
+    options = {**SIRIUS, **options}
+    engine = {"model": path, "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 2, "speculative_config": options}
     copied = v1.probe(engine, "support.copies:copies_report")["bytes"]
     percent, cost = COST.search("\n".join(v1.probe_static("support.start_lines:heard"))).groups()
     assert doctor["copied_bytes"] == copied

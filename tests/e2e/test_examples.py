@@ -38,7 +38,7 @@ def run(*command: str | Path) -> str:
 
 def test_offline():
     output = run(sys.executable, EXAMPLES / "offline.py", "--enforce-eager", model_path(SMOL))
-    found = re.search(r"acceptance length (\d+\.\d+)/16 over (\d+) correction passes", output)
+    found = re.search(r"acceptance length (\d+\.\d+)/16 over (\d+) verification passes", output)
     assert found
     assert 1.0 <= float(found[1]) <= 16.0
     assert int(found[2]) > 0

@@ -1,6 +1,6 @@
 """The default path is lossless: token-identical to vLLM without the plugin, fp32, on both model runners.
 
-What users get who only name the method: int4 copies, adaptive lengths and, on Model Runner V1, guesses.
+What users get who only name the method: int4 copies, adaptive lengths and, on Model Runner V1, prompt lookup.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Drafts on copies in few bits: lossless stays lossless, acceptance is close to that of whole weights (runner v1)."""
+"""Drafts on quantised copies: lossless stays lossless, acceptance is close to that of whole weights (runner v1)."""
 
 import pytest
 from support.engine_host import EngineError, EngineHost

@@ -85,11 +85,11 @@ def _fire_rules_of_the_platform(config: Any) -> dict[str, str | None]:
         fired["offload without uva"] = _verdict(config, use_v2_model_runner=True, offload_config=offload)
         good_gpu = _verdict(config, use_v2_model_runner=True, parallel_config__tensor_parallel_size=2)
         rounded = copy.copy(config.speculative_config)
-        for knobs in ({"draft_weights": "int8"}, {"sparsity": "none"}):
-            rounded.sirius = dataclasses.replace(config.speculative_config.sirius, **knobs)
+        for options in ({"draft_weights": "int8"}, {"sparsity": "none"}):
+            rounded.sirius = dataclasses.replace(config.speculative_config.sirius, **options)
             message = _verdict(config, use_v2_model_runner=True, speculative_config=rounded)
-            assert message is not None, knobs
-            assert next(iter(knobs)) in message
+            assert message is not None, options
+            assert next(iter(options)) in message
             fired["rounded on a gpu"] = message
     finally:
         engine_support.current_platform, engine_support.is_uva_available = platform, uva

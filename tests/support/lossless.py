@@ -15,7 +15,7 @@ ON_CPU = {
     "acceptance": "lossless",
     "kernel_size": 16,
     "adaptive": True,
-    "lookup_tokens": 7,
+    "prompt_lookup_tokens": 7,
 }
 """What that comes to in the tests: copies in four bits of all neurons, adaptive lengths, prompt lookup."""
 
@@ -26,13 +26,13 @@ def sirius(**options):
 
 
 def generate_by_default(host, engine, prompts, sampling, **options):
-    """Answers of the default path, of which drafts and guesses were part."""
+    """Answers of the default path, of which drafts and looked-up candidates were part."""
     engine = {**engine, "speculative_config": {**DEFAULT, **options}}
     assert host.probe(engine, "support.probes:make_drafts_pay") == {**ON_CPU, **options}
     found = host.generate(engine, prompts, sampling)
     assert 0 < found.num_accepted_tokens <= found.num_draft_tokens
     if host.runner == "v1":
-        assert host.probe(engine, "support.probes:guesses_taken") > 0
+        assert host.probe(engine, "support.probes:candidates_taken") > 0
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_sirius.drafting.lookup import Lookup
+from vllm_sirius.drafting.prompt_lookup import PromptLookup
 from vllm_sirius.pacing.costs import ENOUGH, CostCurve, StepCosts
 from vllm_sirius.pacing.policy import DraftPolicy
 
@@ -70,44 +70,44 @@ def fix_costs(llm: Any, draft: float) -> dict[str, Any]:
     return costs.as_dict()
 
 
-def fix_guesses(llm: Any, most: int) -> None:
-    """Makes an engine (Model Runner V1) take all guesses it finds up to so many tokens, as if they cost nothing."""
-    model_runner(llm).drafter.lookup = Lookup(CostCurve({1: 1.0, 32: 1.0}), most)
+def fix_prompt_lookup(llm: Any, most: int) -> None:
+    """Makes an engine (Model Runner V1) take all candidates it finds up to so many tokens, as if they cost nothing."""
+    model_runner(llm).drafter.lookup = PromptLookup(CostCurve({1: 1.0, 32: 1.0}), most)
 
 
-class _CountingLookup(Lookup):
-    """Takes all guesses it finds, as if they cost nothing, and counts them."""
+class _CountingPromptLookup(PromptLookup):
+    """Takes all candidates it finds, as if they cost nothing, and counts them."""
 
     def __init__(self, most: int) -> None:
         super().__init__(CostCurve({1: 1.0, 32: 1.0}), most)
         self.num_taken = 0
 
-    def guess(self, *arguments: Any) -> Any:
-        found = super().guess(*arguments)
-        self.num_taken += sum(guess.num_taken for guess in found)
+    def propose(self, *arguments: Any) -> Any:
+        found = super().propose(*arguments)
+        self.num_taken += sum(candidates.num_taken for candidates in found)
         return found
 
 
 def make_drafts_pay(llm: Any) -> dict[str, Any]:
-    """Lets an engine draft and guess whatever else its machine does: lengths still adapt, at costs that are made up.
+    """Lets an engine draft and look candidates up whatever else its machine does: lengths still adapt, at costs that are made up.
 
     On Model Runner V2 nothing needs to change: the scheduler tries every length before it chooses.
 
     Returns:
-        What the knobs came to.
+        What the options came to.
     """
     runner = model_runner(llm)
     config = runner.speculative_config.sirius
     if not is_v2(runner):
         fix_costs(llm, 0.2)
         if runner.drafter.lookup is not None:
-            runner.drafter.lookup = _CountingLookup(config.lookup_tokens)
-    names = ("sparsity", "draft_weights", "acceptance", "kernel_size", "adaptive", "lookup_tokens")
+            runner.drafter.lookup = _CountingPromptLookup(config.prompt_lookup_tokens)
+    names = ("sparsity", "draft_weights", "acceptance", "kernel_size", "adaptive", "prompt_lookup_tokens")
     return {name: getattr(config, name) for name in names}
 
 
-def guesses_taken(llm: Any) -> int:
-    """Guessed tokens that draft steps checked since `make_drafts_pay`; Model Runner V2 has none."""
+def candidates_taken(llm: Any) -> int:
+    """Looked-up candidates that draft steps verified since `make_drafts_pay`; Model Runner V2 has none."""
     runner = model_runner(llm)
     lookup = None if is_v2(runner) else runner.drafter.lookup
     return 0 if lookup is None else lookup.num_taken

@@ -365,7 +365,9 @@ def test_memory_of_copies_and_of_a_draft_model(tmp_path):
 
 
 def test_arms_with_the_same_draft_share_an_inspection():
-    drafts = {inspection.draft_knobs(arm.sirius) for arm in choose(["coarse-shared", "coarse-shared@8"], [], None)[1:]}
+    drafts = {
+        inspection.draft_options(arm.sirius) for arm in choose(["coarse-shared", "coarse-shared@8"], [], None)[1:]
+    }
     assert len(drafts) == 1
     assert json.loads(drafts.pop()) == {"sparsity": "coarse", "draft_weights": "shared", "density": 0.5}
 

@@ -67,7 +67,7 @@ def test_a_model_that_is_none(folders, capsys, command, model, words):
         ('{"nonsense": 7}', "nonsense"),
     ],
 )
-def test_bad_knobs(folders, capsys, config, words):
+def test_bad_options(folders, capsys, config, words):
     assert status_of("doctor", "some/model", "--speculative-config", config) == 2
     error = capsys.readouterr().err
     assert words in error.splitlines()[-1]

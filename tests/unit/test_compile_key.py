@@ -51,7 +51,7 @@ def test_engines_whose_graphs_differ_have_keys_of_their_own():
     [
         ({"kernel_size": 4}, "default"),
         ({"threshold": 0.5}, "default"),
-        ({"adaptive": False, "lookup_tokens": 0}, "default"),
+        ({"adaptive": False, "prompt_lookup_tokens": 0}, "default"),
         ({"sparsity": "none"}, "default"),
         ({"draft_weights": "int4"}, "default"),
         ({"density": 0.3}, "coarse"),

@@ -1,4 +1,4 @@
-"""Every knob: defaults, agreement of the two lengths, and the full list of refused options."""
+"""Every option: defaults, agreement of the two lengths, and the full list of refused options."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_defaults_are_those_of_the_readme():
         threshold=0.1,
         threshold_temperature=0.6,
         adaptive=True,
-        lookup_tokens=7,
+        prompt_lookup_tokens=7,
         tree_width=1,
         preset=None,
     )
@@ -46,8 +46,8 @@ def test_boundary_values_are_taken():
         {"sparsity": "fine"},
         {"acceptance": "lossless"},
         {"draft_weights": "int8"},
-        {"lookup_tokens": 0},
-        {"lookup_tokens": 31},
+        {"prompt_lookup_tokens": 0},
+        {"prompt_lookup_tokens": 31},
         {"draft_weights": "int4", "sparsity": "none", "draft_weights_scope": "all"},
         {"acceptance": "lossless", "draft_sampling": "probabilistic"},
     ):
@@ -55,11 +55,11 @@ def test_boundary_values_are_taken():
         assert all(getattr(config, key) == value for key, value in options.items())
 
 
-@pytest.mark.parametrize("knob", [{"threshold": 0.3}, {"threshold_temperature": 1.0}, {"threshold": 2}])
-def test_a_knob_of_the_threshold_rule_chooses_the_rule(knob):
-    config = SiriusConfig.from_options(knob)
+@pytest.mark.parametrize("option", [{"threshold": 0.3}, {"threshold_temperature": 1.0}, {"threshold": 2}])
+def test_an_option_of_the_threshold_rule_chooses_the_rule(option):
+    config = SiriusConfig.from_options(option)
     assert config.acceptance == "threshold"
-    assert config == SiriusConfig.from_options({**knob, "acceptance": "threshold"})
+    assert config == SiriusConfig.from_options({**option, "acceptance": "threshold"})
 
 
 PAPER = {
@@ -72,7 +72,7 @@ PAPER = {
     "threshold": 0.1,
     "threshold_temperature": 0.6,
     "adaptive": False,
-    "lookup_tokens": 0,
+    "prompt_lookup_tokens": 0,
 }
 
 
@@ -91,7 +91,7 @@ PAPER = {
         ({"density": 0.3, "refresh": True}, {"density": 0.3, "refresh": True}),
         ({"draft_weights": "int4", "draft_weights_scope": "ffn"}, {"draft_weights": "int4"}),
         ({"draft_weights": "int4", "sparsity": "none"}, {"draft_weights": "int4", "sparsity": "none"}),
-        ({"adaptive": True, "lookup_tokens": 3}, {"adaptive": True, "lookup_tokens": 3}),
+        ({"adaptive": True, "prompt_lookup_tokens": 3}, {"adaptive": True, "prompt_lookup_tokens": 3}),
     ],
 )
 def test_the_papers_preset_is_refined_by_what_is_given(given, changed):
@@ -109,9 +109,9 @@ REFUSED_OPTIONS = [
     ({"kernel_size": 8.0}, ["kernel_size=8.0", "whole number"]),
     ({"kernel_size": True}, ["kernel_size=True", "whole number"]),
     ({"kernel_size": "16"}, ["kernel_size='16'", "whole number"]),
-    ({"lookup_tokens": -1}, ["lookup_tokens=-1", "from 0 to 31"]),
-    ({"lookup_tokens": 32}, ["lookup_tokens=32", "from 0 to 31"]),
-    ({"lookup_tokens": True}, ["lookup_tokens=True", "whole number"]),
+    ({"prompt_lookup_tokens": -1}, ["prompt_lookup_tokens=-1", "from 0 to 31"]),
+    ({"prompt_lookup_tokens": 32}, ["prompt_lookup_tokens=32", "from 0 to 31"]),
+    ({"prompt_lookup_tokens": True}, ["prompt_lookup_tokens=True", "whole number"]),
     ({"num_speculative_tokens": 0}, ["num_speculative_tokens=0", "from 1 to 127"]),
     ({"num_speculative_tokens": -3}, ["num_speculative_tokens=-3", "from 1 to 127"]),
     (

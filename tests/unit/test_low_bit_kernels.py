@@ -1,4 +1,4 @@
-"""The CPU kernels on rows of few bits compute what their PyTorch twins compute."""
+"""The CPU kernels on quantised rows compute what their PyTorch twins compute."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One random FFN of few bits and its input."""
+    """One random quantised FFN and its input."""
 
     inputs: torch.Tensor
     rows: LowBitRows

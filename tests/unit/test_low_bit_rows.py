@@ -1,4 +1,4 @@
-"""Rows of few bits: layout, accuracy, and what they refuse."""
+"""Quantised rows: layout, accuracy, and what they refuse."""
 
 from __future__ import annotations
 

@@ -178,11 +178,11 @@ def test_a_new_request_is_expected_to_be_like_those_before_it():
     assert policy.new_request().next_rate > first
 
 
-def test_right_guesses_make_longer_drafts_pay():
+def test_right_candidates_make_longer_drafts_pay():
     """A step that gives four tokens for the price of one is worth four times its cost."""
-    costs = {name: StepCosts({1: 0.6, 8: 0.6}, {1: 1.0, 16: 1.0}) for name in ("alone", "guessed")}
+    costs = {name: StepCosts({1: 0.6, 8: 0.6}, {1: 1.0, 16: 1.0}) for name in ("alone", "looked up")}
     lengths = {}
-    for name, num_drafted in (("alone", 1), ("guessed", 4)):
+    for name, num_drafted in (("alone", 1), ("looked up", 4)):
         policy = DraftPolicy(costs[name])
         policy.costs.draft.observe = lambda *_: None
         request = trained(policy, 0.85, accepted=True, times=8)
@@ -192,7 +192,7 @@ def test_right_guesses_make_longer_drafts_pay():
             policy.stepped(4, num_drafted)
         request.next_rate = 0.6
         lengths[name] = run_drafts(policy, [Draft(0, request)], 0.85)[0]
-    assert lengths["alone"] < lengths["guessed"]
+    assert lengths["alone"] < lengths["looked up"]
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

@@ -58,7 +58,7 @@ class Decoder(nn.Module):
 
 
 def rounded(model, bits, all_layers=True):
-    """The switch in a decoder that drafts with all neurons, in few bits."""
+    """The switch in a decoder that drafts with all neurons, quantised."""
     ffns = locate_gated_ffns(model)
     if bits == 4:
         panels = []
@@ -176,7 +176,7 @@ def test_a_draft_pass_of_other_modules_is_noticed():
     with pytest.raises(SiriusIntegrationError, match=r"ran 0 of 3 linear layers .* not 'linear_12'"):
         self_test(model, ffns, draft_pass=only(*model.layers))
     # Others that run several times do not stand for the one that does not run.
-    with pytest.raises(SiriusIntegrationError, match="ran 2 of 3 linear layers on their copies in few bits, and not"):
+    with pytest.raises(SiriusIntegrationError, match="ran 2 of 3 linear layers on their quantised copies, and not"):
         self_test(model, ffns, draft_pass=only(*model.layers, *2 * list(model.linears[:2])))
     with pytest.raises(SiriusIntegrationError, match="did not run the lm_head on its copy"):
         self_test(model, ffns, draft_pass=only(*model.layers, *model.linears))
@@ -202,7 +202,7 @@ def test_a_layer_that_the_model_never_calls_is_said_and_one_that_may_run_several
     with caplog.at_level("INFO", "vllm.sirius"):
         assert_draft_is_reduced(ffns, run, torch.float32, CPU, never_called)
     assert asked == [model.linears[1]]
-    assert "do not read the copies in few bits of 1 linear layers" in caplog.text
+    assert "do not read the quantised copies of 1 linear layers" in caplog.text
 
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf")])

@@ -131,7 +131,7 @@ def test_what_is_said_of_plausible_costs():
     assert said.startswith(
         "measured draft cost 0.36 of a target step (1000.0 ms); correcting 16 tokens costs 1.75 steps | "
     )
-    assert said.endswith("speed-up of one request at most 2.24x, more where guesses are right | measured in 2.5 s")
+    assert said.endswith("speed-up of one request at most 2.24x, more where prompt lookup is right | measured in 2.5 s")
     assert warning is None
 
 

@@ -38,7 +38,7 @@ class ReducedFFNs:
         selection: The coarse selection, or ``None`` for other sparsities.
         statistics: What coarse selection learns from, or ``None`` for other sparsities.
         backend: Kernels for the native way, such as the sparsity needs, or ``None`` for the masked one.
-        linears: Further layers that drafts run on copies in few bits.
+        linears: Further layers that drafts run on quantised copies.
         switch: Chooses between the native and the masked way; without it drafts are native wherever they can be.
 
     Attributes:

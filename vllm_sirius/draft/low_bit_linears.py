@@ -1,4 +1,4 @@
-"""Linear layers outside of the FFNs that drafts run on copies in few bits: attention projections and the lm_head."""
+"""Linear layers outside of the FFNs that drafts run on quantised copies: attention projections and the lm_head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LowBitWeight = LowBitRows | LowBitPanels
 
 
 def quantise_linear(weight: torch.Tensor, bits: int) -> LowBitWeight:
-    """Copies the weight of a linear layer in few bits.
+    """Quantises a copy of the weight of a linear layer.
 
     Args:
         weight: ``[out, in]``, floating point.

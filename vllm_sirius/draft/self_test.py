@@ -23,7 +23,7 @@ from vllm_sirius.errors import SiriusIntegrationError
 logger = logging.getLogger("vllm.sirius")
 
 NUM_TOKENS = 4
-"""As many as a draft step with guesses has; a compiler would take 1 for a constant."""
+"""As many as a draft step with prompt lookup has; a compiler would take 1 for a constant."""
 
 SAME = 0.5
 """Part of its kernels' difference from the target that a layer must show in a draft."""
@@ -150,7 +150,7 @@ def _check_linear(
     if not difference >= SAME * expected:
         raise SiriusIntegrationError(
             f"self-test: the layer {name!r} drafts on the target's own weights (it differs from the target by "
-            f"{100 * difference:.1f}%, its copy in few bits by {100 * expected:.1f}%): {REMEDY}"
+            f"{100 * difference:.1f}%, its quantised copy by {100 * expected:.1f}%): {REMEDY}"
         )
 
 
@@ -195,11 +195,11 @@ def _check_copies_were_read(
     if wrong:
         count = len(linears.layers) - len(idle)
         raise SiriusIntegrationError(
-            f"self-test: a draft pass ran {count - len(wrong)} of {count} linear layers on their copies in few bits, and not "
+            f"self-test: a draft pass ran {count - len(wrong)} of {count} linear layers on their quantised copies, and not "
             f"{_listed(wrong)}: {REMEDY}"
         )
     logger.info(
-        "Sirius: drafts do not read the copies in few bits of %d linear layers, which no pass of a few tokens calls: %s",
+        "Sirius: drafts do not read the quantised copies of %d linear layers, which no pass of a few tokens calls: %s",
         len(idle),
         _listed([_name(linears, index) for index in unread]),
     )

@@ -8,7 +8,7 @@ def max_useful_draft_tokens(
 ) -> int:
     """Draft tokens that can still become part of the text.
 
-    A correction pass emits one token of the target's own after the accepted ones, so the last token that a request may
+    A verification pass emits one token of the target's own after the accepted ones, so the last token that a request may
     still emit is never worth drafting. The scheduler verifies positions up to ``max_model_len - 2``.
 
     Args:

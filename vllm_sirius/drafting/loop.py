@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_sirius.drafting.lookup import NO_GUESS, Guess, Lookup
+from vllm_sirius.drafting.prompt_lookup import NO_CANDIDATES, Candidates, PromptLookup
 from vllm_sirius.pacing.policy import LengthRule
 
 DraftForward = Callable[[list[int], list[int], torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,7 +32,7 @@ class DraftRequest:
         position: Position of that token.
         max_draft_tokens: Most tokens to draft, at least one.
         end_token_ids: Tokens that end the text. The draft never proposes one: only the target ends a text.
-        text: Its token ids up to the last one, ``int32 [position + 1]``, to look guesses up in; empty for no guesses.
+        text: Its token ids up to the last one, ``int32 [position + 1]``, to look candidates up in; empty for none.
     """
 
     row: int
@@ -50,15 +50,15 @@ class _Draft:
     Attributes:
         request: Whose it is.
         token_ids: The draft so far.
-        guess: What the running step checks along.
+        candidates: What the running step verifies along.
         start: Where its tokens are in the running step.
-        num_right: Tokens of the guess that turned out right so far.
-        num_plain_steps: Steps that the draft would have taken so far without guesses.
+        num_right: Candidates that turned out right so far.
+        num_plain_steps: Steps that the draft would have taken so far without prompt lookup.
     """
 
     request: DraftRequest
     token_ids: list[int] = field(default_factory=list)
-    guess: Guess = NO_GUESS
+    candidates: Candidates = NO_CANDIDATES
     start: int = 0
     num_right: int = 0
     num_plain_steps: int = 0
@@ -66,7 +66,7 @@ class _Draft:
     @property
     def fed(self) -> list[int]:
         """Tokens that a step reads for it."""
-        return [self.token_ids[-1] if self.token_ids else self.request.last_token_id, *self.guess.taken]
+        return [self.token_ids[-1] if self.token_ids else self.request.last_token_id, *self.candidates.taken]
 
     @property
     def room(self) -> int:
@@ -84,27 +84,27 @@ class _Draft:
         return np.concatenate([text, np.array(self.token_ids, dtype=np.int32)]) if len(text) else text
 
     def grow(self, token_id: int) -> bool:
-        """Takes one more token over; whether it was guessed, so that the running step also knows the one after it."""
+        """Takes one more token over; whether it was a candidate, so that the running step also knows the one after it."""
         self.token_ids.append(token_id)
-        guessed = self.guess.taken[self.num_right : self.num_right + 1] == (token_id,)
-        self.num_right += guessed
-        return guessed
+        looked_up = self.candidates.taken[self.num_right : self.num_right + 1] == (token_id,)
+        self.num_right += looked_up
+        return looked_up
 
 
 def draft_tokens(
-    requests: Sequence[DraftRequest], forward: DraftForward, rule: LengthRule, lookup: Lookup | None = None
+    requests: Sequence[DraftRequest], forward: DraftForward, rule: LengthRule, lookup: PromptLookup | None = None
 ) -> dict[int, list[int]]:
     """Drafts for every request until its limit, its first end token or the end of what pays.
 
-    A step feeds the last token of a draft, at its position, and the guesses of what follows; K/V go exactly where the next
-    correction pass of the target rewrites them, or a later step where a guess was wrong. Guesses never go beyond the slots
-    of the longest draft. A request that is done leaves the batch of the following steps.
+    A step feeds the last token of a draft, at its position, and the candidates of what follows; K/V go exactly where the next
+    verification pass of the target rewrites them, or a later step where a candidate was wrong. Candidates never go beyond the
+    slots of the longest draft. A request that is done leaves the batch of the following steps.
 
     Args:
         requests: The requests to draft for, in ascending order of their rows.
         forward: One draft step.
         rule: Decides what pays.
-        lookup: Guesses tokens that a step checks along; without it each step drafts one.
+        lookup: Finds candidates that a step verifies along; without it each step drafts one.
 
     Returns:
         Row -> draft tokens, an empty list where the first token already was an end token or would not pay.
@@ -117,7 +117,7 @@ def draft_tokens(
         active = [draft for draft in active if draft.request.row in chosen]
         if not active:
             break
-        _guess(active, lookup)
+        _look_up(active, lookup)
         going = _step(active, forward, rule, lookup)
         num_steps += 1
         hoped += sum(draft.num_right for draft in active) / len(active)
@@ -127,16 +127,18 @@ def draft_tokens(
     return {draft.request.row: draft.token_ids for draft in drafts}
 
 
-def _guess(drafts: Sequence[_Draft], lookup: Lookup | None) -> None:
+def _look_up(drafts: Sequence[_Draft], lookup: PromptLookup | None) -> None:
     if lookup is None:
         return
-    # The last token of a full draft is never fed, so it is no use to guess it.
-    guesses = lookup.guess([draft.text() for draft in drafts], [draft.room - 1 for draft in drafts])
-    for draft, guess in zip(drafts, guesses, strict=True):
-        draft.guess = guess
+    # The last token of a full draft is never fed, so it is no use to look it up.
+    found = lookup.propose([draft.text() for draft in drafts], [draft.room - 1 for draft in drafts])
+    for draft, candidates in zip(drafts, found, strict=True):
+        draft.candidates = candidates
 
 
-def _step(drafts: Sequence[_Draft], forward: DraftForward, rule: LengthRule, lookup: Lookup | None) -> list[_Draft]:
+def _step(
+    drafts: Sequence[_Draft], forward: DraftForward, rule: LengthRule, lookup: PromptLookup | None
+) -> list[_Draft]:
     """Runs one step and takes its tokens over. Returns the drafts that go on, in their order."""
     fed: list[int] = []
     positions: list[int] = []
@@ -157,12 +159,12 @@ def _step(drafts: Sequence[_Draft], forward: DraftForward, rule: LengthRule, loo
     for draft, length in zip(drafts, before, strict=True):
         draft.num_plain_steps += 1 + draft.num_right
         if lookup is not None:
-            lookup.judged(draft.guess, draft.token_ids[length:])
+            lookup.judged(draft.candidates, draft.token_ids[length:])
     return [draft for draft in drafts if draft in going]
 
 
 def _take_over(drafts: Sequence[_Draft], logits: torch.Tensor, rule: LengthRule) -> set[_Draft]:
-    """Grows the drafts by what a step found, token by token while guesses were right. Returns those that go on."""
+    """Grows the drafts by what a step found, token by token while candidates were right. Returns those that go on."""
     # `max` finds the same token as `argmax`, which PyTorch runs six times slower on bfloat16.
     picks = logits.max(dim=-1).indices.tolist()
     going: set[_Draft] = set()
@@ -172,9 +174,9 @@ def _take_over(drafts: Sequence[_Draft], logits: torch.Tensor, rule: LengthRule)
         outputs = [draft.output for draft in known]
         kept = rule.proposed([draft.request.row for draft in known], _rows(logits, outputs))
         known = [draft for draft, keep in zip(known, kept, strict=True) if keep]
-        guessed = [draft.grow(picks[draft.output]) for draft in known]
-        going.update(draft for draft, more in zip(known, guessed, strict=True) if not more and draft.room)
-        known = [draft for draft, more in zip(known, guessed, strict=True) if more]
+        looked_up = [draft.grow(picks[draft.output]) for draft in known]
+        going.update(draft for draft, more in zip(known, looked_up, strict=True) if not more and draft.room)
+        known = [draft for draft, more in zip(known, looked_up, strict=True) if more]
     return going
 
 

@@ -141,7 +141,7 @@ def _reduced(module: nn.Module, layer: int) -> nn.Module:
 
 
 def _low_bit(module: nn.Module, index: int, num_outputs: int) -> nn.Module:
-    """A copy of a linear layer that only knows its copy in few bits."""
+    """A copy of a linear layer that only knows its quantised copy."""
 
     def forward(self: nn.Module, inputs: torch.Tensor) -> Any:
         return with_bias(self, torch.ops.vllm_sirius.low_bit_linear(inputs, index, num_outputs))

@@ -29,10 +29,10 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
             module.CPUModelRunner = upstream
 
     def compile_or_warm_up_model(self) -> Any:
-        """As upstream; then measures the costs that adaptive lengths and guesses are judged by."""
+        """As upstream; then measures the costs that adaptive lengths and prompt lookup are judged by."""
         times = super().compile_or_warm_up_model()
         config = self.vllm_config.speculative_config.sirius
-        if (config.adaptive or config.lookup_tokens) and not self.use_v2_model_runner:
+        if (config.adaptive or config.prompt_lookup_tokens) and not self.use_v2_model_runner:
             started = time.perf_counter()
             costs = self.model_runner.measure_costs()
             announce(costs, config, self.model_runner.draft_model.predicted_cost, time.perf_counter() - started)

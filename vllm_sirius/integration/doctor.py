@@ -32,7 +32,7 @@ def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str,
 
     Args:
         model: Path or hub name.
-        options: Knobs of Sirius, as in ``--speculative-config``.
+        options: Options of Sirius, as in ``--speculative-config``.
         engine_options: Further arguments of `EngineArgs`, for example ``trust_remote_code``.
 
     Returns:
@@ -91,7 +91,7 @@ def describe_engine(engine: dict[str, Any]) -> dict[str, Any]:
         engine: Arguments of `EngineArgs`, the model among them.
 
     Returns:
-        JSON values: ``platform``; ``dtype``; ``no_low_bit``, why copies in few bits cannot be drafted with, or empty;
+        JSON values: ``platform``; ``dtype``; ``no_low_bit``, why quantised copies cannot be drafted with, or empty;
         ``max_model_len``; ``kv_bytes_per_token``; ``step_bytes``; ``ffn_share``.
 
     Raises:

@@ -24,7 +24,7 @@ from vllm_sirius.weights.rows import rows_read
 
 @dataclass(frozen=True)
 class CopiedLinear:
-    """A layer outside of the FFNs that drafts run on a copy in few bits.
+    """A layer outside of the FFNs that drafts run on a quantised copy.
 
     Attributes:
         name: Its path.
@@ -47,7 +47,7 @@ class DraftPlan:
 
     Attributes:
         parts: Parts of the model.
-        config: The knobs, with ``auto`` decided.
+        config: The options, with ``auto`` decided.
         kernels: What will compute the reduced FFNs.
         copies: Whether drafts read weights of their own, not the target's.
         step_bytes: Weight bytes that a dense decoding step reads.
@@ -142,7 +142,7 @@ def plan_draft(
     """Decides what drafts of a model read, or refuses the model.
 
     Args:
-        vllm_config: The engine's config; its knobs are decided for good.
+        vllm_config: The engine's config; its options are decided for good.
         model: The model, with its weights in their plain shapes; meta tensors will do.
         choose: Chooses what computes the reduced FFNs.
         packed: Whether the target's weights are packed once they are loaded, so that drafts need weights of their own.
@@ -214,7 +214,7 @@ def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
     """Refuses fine sparsity for activations that hide the gate.
 
     Args:
-        config: The knobs.
+        config: The options.
         ffns: The target's FFNs.
 
     Raises:

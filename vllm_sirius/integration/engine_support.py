@@ -31,18 +31,18 @@ WORKERS = (CPU_WORKER, SIRIUS_CPU_WORKER, "vllm.v1.worker.gpu_worker.Worker")
 
 
 def _probabilistic(config: Any) -> bool:
-    knobs = sirius_config(config.speculative_config)
-    return knobs is not None and knobs.draft_sampling == "probabilistic"
+    sirius = sirius_config(config.speculative_config)
+    return sirius is not None and sirius.draft_sampling == "probabilistic"
 
 
 def _copied_weights(config: Any) -> str | None:
-    """The option that asks for weights in few bits."""
-    knobs = sirius_config(config.speculative_config)
-    if knobs is None or knobs.draft_weights == "shared":
+    """The option that asks for quantised weights."""
+    sirius = sirius_config(config.speculative_config)
+    if sirius is None or sirius.draft_weights == "shared":
         return None
-    if knobs.draft_weights == "auto":
-        return "sparsity='none'" if knobs.sparsity == "none" else None
-    return f"draft_weights={knobs.draft_weights!r}"
+    if sirius.draft_weights == "auto":
+        return "sparsity='none'" if sirius.sparsity == "none" else None
+    return f"draft_weights={sirius.draft_weights!r}"
 
 
 OWN_WAY_FORMATS = ("ipc_cache", "modelexpress", "tensorizer")
@@ -77,7 +77,7 @@ RULES: tuple[Rule, ...] = (
     (
         lambda c: not current_platform.is_cpu() and _copied_weights(c),
         (
-            "{value}: copies in few bits have kernels for CPU alone so far; use draft_weights='shared', which costs no memory on "
+            "{value}: quantised copies have kernels for CPU alone so far; use draft_weights='shared', which costs no memory on "
             "a GPU, with sparsity='coarse' or 'fine'."
         ),
     ),

@@ -73,7 +73,7 @@ def _(hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
 
 @torch.library.custom_op("vllm_sirius::low_bit_linear", mutates_args=())
 def _low_bit_linear(inputs: torch.Tensor, index: int, num_outputs: int) -> torch.Tensor:
-    """One linear layer on its copy in few bits, opaque to the compiler."""
+    """One linear layer on its quantised copy, opaque to the compiler."""
     ffns = running_switch()
     linears = ffns.linears
     assert linears is not None, "a graph of copied linear layers runs in an engine that copies none"

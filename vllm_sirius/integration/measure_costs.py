@@ -57,7 +57,7 @@ def measure_costs(model: nn.Module, draft: DraftModel, vllm_config: Any, device:
 
     scheduler, config = vllm_config.scheduler_config, vllm_config.speculative_config.sirius
     most_tokens = min(scheduler.max_num_seqs * config.kernel_size, scheduler.max_num_batched_tokens)
-    passes = passes_to_measure(most_tokens, scheduler.max_num_seqs * (1 + config.lookup_tokens))
+    passes = passes_to_measure(most_tokens, scheduler.max_num_seqs * (1 + config.prompt_lookup_tokens))
     with draft.steady():
         return measure_by_turns(passes, seconds, draft.predicted_cost)
 
@@ -105,7 +105,7 @@ def announce(costs: StepCosts, config: SiriusConfig, predicted_cost: float, seco
 
     Args:
         costs: The costs.
-        config: The knobs, as they were resolved.
+        config: The options, as they were resolved.
         predicted_cost: Part of a target step's bytes that a draft step reads; 1 where drafts are masked.
         seconds: What measuring took.
     """

@@ -28,7 +28,7 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
     """A speculative config whose draft is the target itself.
 
     Attributes:
-        sirius: The knobs.
+        sirius: The options.
         adaptive_lengths: Draft lengths from which the scheduler chooses one for each batch, or ``None`` if it does not.
         native: Whether drafts run on native kernels, or ``None`` before the model is loaded.
     """
@@ -52,15 +52,15 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
 
         vLLM asks when a module is first run, so ``auto`` is decided by then. Coarse sparsity observes activations. Which
         layers of a draft are copies follows from the weights and their scope, which is without effect where nothing is
-        copied. All other knobs are read while the operators run.
+        copied. All other options are read while the operators run.
         """
-        knobs = self.sirius
-        scope = None if knobs.draft_weights == "shared" else knobs.draft_weights_scope
-        graph = (METHOD, __version__, knobs.sparsity, knobs.draft_weights, scope, knobs.target_kernels, self.native)
+        config = self.sirius
+        scope = None if config.draft_weights == "shared" else config.draft_weights_scope
+        graph = (METHOD, __version__, config.sparsity, config.draft_weights, scope, config.target_kernels, self.native)
         return hashlib.sha256(repr(graph).encode()).hexdigest()
 
     def __repr__(self) -> str:
-        """The knobs, and nothing of the target's config that upstream prints elsewhere."""
+        """The options, and nothing of the target's config that upstream prints elsewhere."""
         return f"SiriusSpeculativeConfig({self.sirius})"
 
 
@@ -72,7 +72,7 @@ def resolve_draft(vllm_config: Any, copies: bool) -> SiriusConfig:
         copies: Whether drafts read weights of their own.
 
     Returns:
-        The knobs.
+        The options.
     """
     speculative = vllm_config.speculative_config
     speculative.sirius = speculative.sirius.resolved(copies)
@@ -85,7 +85,7 @@ def draft_masked(vllm_config: Any, given: SiriusConfig) -> None:
 
     Args:
         vllm_config: The config of a worker of Sirius.
-        given: The knobs as the user gave them, none of which needs copies.
+        given: The options as the user gave them, none of which needs copies.
     """
     decided = given.resolved(copies=False)
     speculative = vllm_config.speculative_config
@@ -129,13 +129,13 @@ def create(
     Raises:
         SiriusConfigError: If an option is bad.
     """
-    knobs = SiriusConfig.from_options(options)
-    schedule, lengths = _schedule(options, knobs), None
-    if schedule is None and knobs.adaptive and _expects_runner_v2() and target_parallel_config.data_parallel_size == 1:
-        lengths = draft_lengths(knobs.num_speculative_tokens)
+    config = SiriusConfig.from_options(options)
+    schedule, lengths = _schedule(options, config), None
+    if schedule is None and config.adaptive and _expects_runner_v2() and target_parallel_config.data_parallel_size == 1:
+        lengths = draft_lengths(config.num_speculative_tokens)
         schedule = _schedule_of(lengths)
     return SiriusSpeculativeConfig(
-        sirius=knobs,
+        sirius=config,
         adaptive_lengths=lengths,
         num_speculative_tokens_per_batch_size=schedule,
         target_model_config=target_model_config,
@@ -165,7 +165,7 @@ def _schedule_of(lengths: tuple[int, ...]) -> list[tuple[int, int, int]]:
     return [(size, size, length) for size, length in enumerate(reversed(lengths), start=1)]
 
 
-def _schedule(options: dict[str, Any], knobs: SiriusConfig) -> list[tuple[int, int, int]] | None:
+def _schedule(options: dict[str, Any], config: SiriusConfig) -> list[tuple[int, int, int]] | None:
     """Upstream's draft length by batch size, judged before the engine starts."""
     given = options.get(SCHEDULE, options.get(SCHEDULE.replace("_", "-")))
     if given is None:
@@ -175,16 +175,16 @@ def _schedule(options: dict[str, Any], knobs: SiriusConfig) -> list[tuple[int, i
     except (TypeError, ValueError) as error:
         raise SiriusConfigError(f"{SCHEDULE}={given!r} is not a schedule: {error}") from error
     longest = max(count for _, _, count in schedule)
-    if longest > knobs.num_speculative_tokens:
+    if longest > config.num_speculative_tokens:
         raise SiriusConfigError(
-            f"{SCHEDULE}={given!r} drafts {longest} tokens, more than kernel_size={knobs.kernel_size} allows: use at most "
-            f"{knobs.num_speculative_tokens}, or kernel_size={longest + 1}."
+            f"{SCHEDULE}={given!r} drafts {longest} tokens, more than kernel_size={config.kernel_size} allows: use at most "
+            f"{config.num_speculative_tokens}, or kernel_size={longest + 1}."
         )
     return schedule
 
 
 def sirius_config(speculative_config: SpeculativeConfig | None) -> SiriusConfig | None:
-    """The knobs of a speculative config, or ``None`` if its method is another one."""
+    """The options of a speculative config, or ``None`` if its method is another one."""
     if isinstance(speculative_config, SiriusSpeculativeConfig):
         return speculative_config.sirius
     return None

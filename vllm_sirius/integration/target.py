@@ -32,7 +32,7 @@ from vllm_sirius.target.choice import TargetKernels
 logger = init_logger("vllm.sirius")
 
 MAX_PENDING_ROWS = 512
-"""Rows of correction passes whose activations wait for acceptance; bounds the memory at large batches."""
+"""Rows of verification passes whose activations wait for acceptance; bounds the memory at large batches."""
 
 UPSTREAM_KERNELS = TargetKernels(False, "Sirius has none for this device")
 
@@ -48,7 +48,7 @@ class LoadedTarget:
         backend: Kernels bound to the weights, or ``None`` where no native kernel can be used.
         kernels: What computes the reduced FFNs, for the start-up line.
         reload: Makes what was derived from the weights again when they change.
-        linears: Further layers that drafts run on copies in few bits.
+        linears: Further layers that drafts run on quantised copies.
         target_kernels: What runs the target's own linear layers.
         observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
     """
@@ -74,14 +74,14 @@ def with_true_kernels(target: LoadedTarget, vllm_config: Any, given: SiriusConfi
 
     Args:
         target: The freshly loaded target, without the switch.
-        vllm_config: The engine's config, whose knobs are changed where the plugin had chosen them.
-        given: The knobs as the user gave them.
+        vllm_config: The engine's config, whose options are changed where the plugin had chosen them.
+        given: The options as the user gave them.
 
     Returns:
         The target.
 
     Raises:
-        SiriusUnsupportedError: If the knobs given need the kernels.
+        SiriusUnsupportedError: If the options given need the kernels.
     """
     config, device = vllm_config.speculative_config.sirius, target.neuron_norms.device
     if target.backend is None or backend_reproduces_ffns(
@@ -132,8 +132,10 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
         selector.forget()
         target.reload.call_after(selector.forget)
     density = 1.0 if config.sparsity == "none" else config.density
-    # With fixed lengths and without guesses nothing hangs on time, so that outputs can be repeated.
-    learns = target.backend is not None and device.type == "cpu" and (config.adaptive or config.lookup_tokens > 0)
+    # With fixed lengths and without prompt lookup nothing hangs on time, so that outputs can be repeated.
+    learns = (
+        target.backend is not None and device.type == "cpu" and (config.adaptive or config.prompt_lookup_tokens > 0)
+    )
     switch = KernelSwitch(learns)
     ffns = ReducedFFNs(target.ffns, density, selection, statistics, target.backend, target.linears, switch)
     ffns.install()

@@ -36,7 +36,7 @@ def choose_target_kernels(vllm_config: Any, config: SiriusConfig) -> TargetKerne
 
     Args:
         vllm_config: The engine's config.
-        config: The knobs.
+        config: The options.
 
     Returns:
         The choice.

@@ -14,12 +14,12 @@ class DoctorError(Exception):
     """The model cannot be served; the text is the reason."""
 
 
-def ask_doctor(model: str, knobs: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def ask_doctor(model: str, options: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Asks about a model.
 
     Args:
         model: Path or hub name.
-        knobs: Knobs of Sirius.
+        options: Options of Sirius.
         dtype: Type of the weights, as for ``--dtype``.
 
     Returns:
@@ -31,7 +31,7 @@ def ask_doctor(model: str, knobs: Mapping[str, Any], dtype: str) -> dict[str, An
     command = python_command("vllm_sirius.cli", "doctor", model, "--json", "--dtype", dtype)
     variables = child_environment(VLLM_LOGGING_STREAM="ext://sys.stderr", VLLM_LOGGING_LEVEL="ERROR")
     found = subprocess.run(
-        [*command, "--speculative-config", json.dumps(knobs)],
+        [*command, "--speculative-config", json.dumps(options)],
         env=variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -39,7 +39,7 @@ class Answers:
     Attributes:
         token_ids: The generated tokens of each prompt.
         seconds: Wall time of `LLM.generate`, processing of the prompts included.
-        num_drafts: Correction passes that had draft tokens to judge.
+        num_drafts: Verification passes that had draft tokens to judge.
         num_draft_tokens: Draft tokens judged.
         num_accepted_tokens: Draft tokens accepted.
         accepted_by_position: Drafts whose token at each position was accepted.

@@ -12,7 +12,7 @@ EDGES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 """Bounds of the ranges of confidence whose acceptance is counted apart."""
 
 PRIOR_TOKENS = 4.0
-"""Weight of the first guess of a range, in tokens: that a token is accepted as often as the draft is confident of it."""
+"""Weight of the first estimate of a range, in tokens: that a token is accepted as often as the draft is confident of it."""
 
 MEMORY_TOKENS = 2000.0
 """Older verdicts of a range fade once it has seen this many tokens."""
@@ -21,7 +21,7 @@ REQUEST_MEMORY = 0.98
 """What remains of a request's older verdicts at each new one."""
 
 PRIOR_REJECTIONS = 2.0
-"""Weight of the first guess that a request is as hard as the others, in rejections."""
+"""Weight of the first estimate that a request is as hard as the others, in rejections."""
 
 
 def confidence(logits: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class AcceptanceModel:
         """
         index = bisect_right(EDGES, draft_confidence)
         fade = min(1.0, MEMORY_TOKENS / (self._judged[index] + 1.0))
-        # The guess must never become impossible to leave: a range that was always rejected keeps a little hope.
+        # The estimate must never become impossible to leave: a range that was always rejected keeps a little hope.
         self._accepted[index] = max(self._accepted[index] * fade + float(accepted), 0.01)
         self._judged[index] = self._judged[index] * fade + 1.0
 
@@ -80,7 +80,7 @@ class RequestAcceptance:
 
     Args:
         model: The engine's rates.
-        first_rate: First guess of `next_rate`.
+        first_rate: First estimate of `next_rate`.
     """
 
     def __init__(self, model: AcceptanceModel, first_rate: float) -> None:

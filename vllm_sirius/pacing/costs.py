@@ -6,7 +6,7 @@ hold whatever is observed:
 * a larger pass never costs less, and nothing costs nothing;
 * each size learns for itself: what another size costs matters only where it has not run yet, or where order demands it;
 * the median of a size's newest observations counts, so single ones that were held up do not matter;
-* what was measured at start-up is a first guess, which observations replace within a few passes. So is what a size took
+* what was measured at start-up is a first estimate, which observations replace within a few passes. So is what a size took
   while another one took clearly more than it does now: the machine was busy then. That is a *doubt*. Doubts
   never add up: they make nothing faster than it was ever seen, unless a size is faster itself than it was ever seen, and
   then nothing that is doubtful already.
@@ -48,19 +48,19 @@ class CostCurve:
     """Seconds of a pass by its size: straight lines between known sizes.
 
     Args:
-        measured: First guesses, seconds by size, all above 0. What holds a measurement up only makes it longer, so that one
+        measured: First estimates, seconds by size, all above 0. What holds a measurement up only makes it longer, so that one
             above that of a larger size counts as that.
     """
 
     def __init__(self, measured: Mapping[int, float] | None = None) -> None:
-        self._guesses = _Line((size, max(value, SHORTEST)) for size, value in sorted((measured or {}).items()))
+        self._first = _Line((size, max(value, SHORTEST)) for size, value in sorted((measured or {}).items()))
         self._observed: dict[int, _Observed] = {}
         self._num_observed = 0
         self._line: _Line | None = None
 
     def __bool__(self) -> bool:
         """Whether anything is known."""
-        return bool(self._guesses.sizes or self._observed)
+        return bool(self._first.sizes or self._observed)
 
     def seconds(self, size: int) -> float:
         """The estimate for one size. Below the smallest known size it is that one's, beyond the largest it grows in proportion.
@@ -107,7 +107,7 @@ class CostCurve:
 
     def as_dict(self) -> dict[str, float]:
         """Seconds by size, for reports."""
-        sizes = sorted({*self._guesses.sizes, *self._observed})
+        sizes = sorted({*self._first.sizes, *self._observed})
         return {str(size): self.seconds(size) for size in sizes}
 
     def _fit(self) -> _Line:
@@ -115,17 +115,17 @@ class CostCurve:
         owns = [self._observed[size] for size in sizes]
         values = _in_order([own.estimate for own in owns], [self._weight(own) for own in owns])
         known = list(zip(sizes, values, strict=True))
-        guesses = self._remaining_guesses(_Line(known))
-        return _Line(sorted([*known, *guesses]))
+        estimates = self._remaining_first_estimates(_Line(known))
+        return _Line(sorted([*known, *estimates]))
 
     def _estimate(self, size: int, own: _Observed) -> float:
         values = sorted(own.seconds)
-        if len(values) == 1 and self._guesses.covers(size):
-            return min(values[0], self._guesses.seconds(size))
+        if len(values) == 1 and self._first.covers(size):
+            return min(values[0], self._first.seconds(size))
         return values[(len(values) - 1) // 2]
 
     def _doubt_others(self, own: _Observed, estimate: float) -> None:
-        """Makes first guesses of what other sizes took while one took more than it does now: a part of that.
+        """Makes first estimates of what other sizes took while one took more than it does now: a part of that.
 
         Where that one is faster than ever, so may be those that ran meanwhile. Otherwise the machine is as it was before, and
         nothing is faster than it was ever seen or measured; all are as fast as that where that one is, too.
@@ -133,8 +133,8 @@ class CostCurve:
         for size, other in self._observed.items():
             doubted = other.estimate * estimate / own.estimate
             if estimate >= FASTER * own.best:
-                guess = self._guesses.seconds(size) if self._guesses.covers(size) else math.inf
-                doubted = max(doubted, min(other.best, guess))
+                estimate = self._first.seconds(size) if self._first.covers(size) else math.inf
+                doubted = max(doubted, min(other.best, estimate))
                 if FASTER * estimate <= own.best:
                     doubted = min(doubted, other.best)
             elif not other.was_learnt_since(own.level_before_since):
@@ -146,24 +146,24 @@ class CostCurve:
     def _weight(self, own: _Observed) -> float:
         return len(own.seconds) / (1.0 + (self._num_observed - own.numbers[-1]) / FRESH)
 
-    def _remaining_guesses(self, known: _Line) -> list[tuple[int, float]]:
-        """First guesses of sizes that have not run, corrected by those that have.
+    def _remaining_first_estimates(self, known: _Line) -> list[tuple[int, float]]:
+        """First estimates of sizes that have not run, corrected by those that have.
 
-        A guess that is too low corrects itself, because the size will run; one that is too high might keep it from ever
-        running. So guesses go down with the nearest size that was overestimated along with them, and never up.
+        A estimate that is too low corrects itself, because the size will run; one that is too high might keep it from ever
+        running. So estimates go down with the nearest size that was overestimated along with them, and never up.
         """
-        guesses: list[tuple[int, float]] = []
-        if self._guesses.sizes and all(size in self._observed for size in self._guesses.sizes):
-            return guesses
-        compared = [size for size in known.sizes if self._guesses.covers(size)]
-        for size, guess in zip(self._guesses.sizes, self._guesses.values, strict=True):
+        estimates: list[tuple[int, float]] = []
+        if self._first.sizes and all(size in self._observed for size in self._first.sizes):
+            return estimates
+        compared = [size for size in known.sizes if self._first.covers(size)]
+        for size, estimate in zip(self._first.sizes, self._first.values, strict=True):
             if size in self._observed:
                 continue
             if compared:
                 nearest = min(compared, key=lambda other: abs(math.log(other / size)))
-                guess *= min(1.0, known.seconds(nearest) / self._guesses.seconds(nearest))
-            guesses.append((size, known.between(size, guess)))
-        return guesses
+                estimate *= min(1.0, known.seconds(nearest) / self._first.seconds(nearest))
+            estimates.append((size, known.between(size, estimate)))
+        return estimates
 
 
 class _Observed:
@@ -172,7 +172,7 @@ class _Observed:
     Attributes:
         seconds: The newest observations. One that became doubtful is no longer what was observed.
         numbers: Their numbers among the observations of all sizes.
-        estimate: Their low median; as long as there is one alone, the first guess if that is less.
+        estimate: Their low median; as long as there is one alone, the first estimate if that is less.
         best: The least estimate that stood on enough observations.
         level_before_since: Number of its first observation after the last change of its cost but one.
     """
@@ -212,10 +212,10 @@ class _Observed:
         return self.numbers[(len(self.numbers) - 1) // 2] >= max(number, self._doubted_at + 1)
 
     def doubt(self, estimate: float, number: int) -> None:
-        """Puts a first guess in place of all that was observed.
+        """Puts a first estimate in place of all that was observed.
 
         Args:
-            estimate: The guess.
+            estimate: The estimate.
             number: Of the newest observation of any size.
         """
         known = self.num_observations
@@ -349,7 +349,7 @@ class StepCosts:
         return self.draft.seconds(batch) / self.target.seconds(batch)
 
     def verify_cost(self, batch: int, kernel_size: int) -> float:
-        """A correction pass over a dense step of the target, both for `batch` requests."""
+        """A verification pass over a dense step of the target, both for `batch` requests."""
         return self.target.seconds(batch * kernel_size) / self.target.seconds(batch)
 
     def as_dict(self) -> dict[str, dict[str, float]]:

@@ -1,11 +1,11 @@
 """When to stop drafting: after the token whose expected gain no longer pays for its measured cost.
 
 A draft token gains what it adds to the expected length of the text: the probability that it and all tokens before it are
-accepted. It costs its part of a draft step and a longer correction pass. Time is worth what the engine makes of it at this
+accepted. It costs its part of a draft step and a longer verification pass. Time is worth what the engine makes of it at this
 batch size, the *rate* in tokens per second, which is at least that of decoding without drafts. So a batch drafts on while,
 for some number of further steps,
 
-    gain of the steps >= rate * (seconds of the steps + seconds they add to the correction pass)
+    gain of the steps >= rate * (seconds of the steps + seconds they add to the verification pass)
 
 and does not draft at all where nothing pays: Sirius then costs what vLLM costs. Several steps are looked at because the
 first further token may be dear and those after it cheap (a pass of two tokens runs other kernels than a pass of one).
@@ -51,7 +51,7 @@ RARE_PLAIN_STEPS = 256
 """Where drafting pays, a step without drafts every so many steps: while few were timed, and later."""
 
 PACE_MEMORY = 0.05
-"""Weight of one draft step in how much faster guesses make drafting."""
+"""Weight of one draft step in how much faster prompt lookup makes drafting."""
 
 LOOKAHEAD = (1, 2, 4, 8)
 """Numbers of further draft steps that are weighed."""
@@ -102,7 +102,7 @@ class LengthRule(Protocol):
         """Takes in that a draft step is over.
 
         Args:
-            num_fed: Tokens it was fed: the last one of each draft, and guesses.
+            num_fed: Tokens it was fed: the last one of each draft, and candidates of prompt lookup.
             num_drafted: Tokens that became part of drafts.
         """
 
@@ -274,7 +274,7 @@ class DraftPolicy:
         self._probe.confirm()
         self._confirmed = self._num_rows, self.costs.target.seconds(self._num_rows)
         self._draft_estimate += self.costs.draft.seconds(num_fed)
-        # Right guesses make a step worth several; wrong ones only make it longer.
+        # Right candidates make a step worth several; wrong ones only make it longer.
         worth = max(num_drafted / self._num_chosen, 1.0)
         pace = worth * self.costs.draft.seconds(self._num_chosen) / self.costs.draft.seconds(num_fed)
         self._pace += PACE_MEMORY * (max(pace, 0.5) - self._pace)
@@ -298,7 +298,7 @@ class DraftPolicy:
         self._rate(num_rows).observe(num_emitted, target + draft)
 
     def _seconds_longer(self, num_more: int) -> float:
-        """Seconds by which more draft tokens lengthen the correction pass."""
+        """Seconds by which more draft tokens lengthen the verification pass."""
         tokens = self._num_rows + self._num_drafted
         return max(0.0, self.costs.target.seconds(tokens + num_more) - self.costs.target.seconds(tokens))
 

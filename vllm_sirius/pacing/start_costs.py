@@ -1,4 +1,4 @@
-"""First guesses of what passes cost: measured by turns when an engine starts, and what they promise.
+"""First estimates of what passes cost: measured by turns when an engine starts, and what they promise.
 
 A start is short, and the machine may be busy. So passes of the draft and of the target take turns in several rounds, of which
 the fastest counts; a result that the bytes rule out is measured again; and what remains wrong is for the engine to correct.
@@ -66,7 +66,7 @@ def passes_to_measure(most_target_tokens: int, most_draft_rows: int) -> list[Pas
 
     Args:
         most_target_tokens: Tokens of the largest pass that judges drafts.
-        most_draft_rows: Tokens of the largest draft step, guesses included.
+        most_draft_rows: Tokens of the largest draft step, candidates of prompt lookup included.
     """
     target = {Pass(size, False) for size in _up_to(most_target_tokens)}
     draft = {Pass(size, True) for size in (*_up_to(most_draft_rows), *FEW_ROWS) if size <= most_draft_rows}
@@ -152,7 +152,7 @@ def what_costs_promise(
 
     Args:
         costs: The costs.
-        config: The knobs, as they were resolved.
+        config: The options, as they were resolved.
         predicted_cost: Part of a target step's bytes that a draft step reads; 1 where drafts are masked.
         seconds: What measuring took.
 
@@ -180,14 +180,14 @@ def what_costs_promise(
         f"measured draft cost {draft_cost:.2f} of a target step ({1000 * costs.target.seconds(1):.1f} ms){doubt}; correcting "
         f"{config.kernel_size} tokens costs {costs.verify_cost(1, config.kernel_size):.2f} steps | speed-up of one "
         f"request at most {ceiling:.2f}x{'' if plausible else ' by its bytes'}"
-        f"{', more where guesses are right' if config.lookup_tokens else ''} | measured in {seconds:.1f} s"
+        f"{', more where prompt lookup is right' if config.prompt_lookup_tokens else ''} | measured in {seconds:.1f} s"
     )
     # With a fixed length the engine drafts all the same.
     if ceiling >= 1.0 or not plausible or not config.adaptive:
         return sentence, None
     return sentence, (
         "Sirius will hardly draft for single requests: at these costs drafts could only slow them down. "
-        f"{_remedy(config, predicted_cost)} `vllm-sirius tune` finds the best knobs on your prompts."
+        f"{_remedy(config, predicted_cost)} `vllm-sirius tune` finds the best options on your prompts."
     )
 
 
@@ -198,4 +198,4 @@ def _remedy(config: SiriusConfig, predicted_cost: float) -> str:
         )
     if config.draft_weights != "int4":
         return "On CPU draft_weights='int4' with sparsity='none' reads the fewest bytes."
-    return "No knob makes a draft read less than draft_weights='int4' does: serve this model without Sirius if that stays so."
+    return "No option makes a draft read less than draft_weights='int4' does: serve this model without Sirius if that stays so."

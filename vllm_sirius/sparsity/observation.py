@@ -23,7 +23,7 @@ class ObservedRows:
         slot: The request's row in the tables.
         start: First row in the flattened batch.
         count: Number of rows.
-        pending: Rows of a correction pass, whose tokens count only once they are accepted.
+        pending: Rows of a verification pass, whose tokens count only once they are accepted.
     """
 
     slot: int

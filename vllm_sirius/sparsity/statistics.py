@@ -1,4 +1,4 @@
-"""The flocking statistic of GRIFFIN, kept per request, refreshed from correction passes.
+"""The flocking statistic of GRIFFIN, kept per request, refreshed from verification passes.
 
 For a token with FFN activation ``z`` (``act(gate) * up``, before the down projection) the statistic adds
 ``(z / ||z||)**2`` to the row of the token's request, after the row has faded by a decay. Without decay the sum over a
@@ -43,7 +43,7 @@ class NeuronStatistics:
     Args:
         layer_sizes: Neurons per FFN layer on this rank.
         num_slots: Most requests at a time.
-        max_pending_rows: Most rows of correction passes that wait for their verdict in one step. Requests beyond that
+        max_pending_rows: Most rows of verification passes that wait for their verdict in one step. Requests beyond that
             skip one refresh.
         device: Where the tables live.
         decay: Factor per token by which older activations fade; 1 weighs all tokens alike, as GRIFFIN does.
@@ -200,7 +200,7 @@ class NeuronStatistics:
             self._pending[: len(plan.pending_rows), view] = token_energy(activation[plan.pending_rows])
 
     def commit(self, slots: torch.Tensor, num_emitted: torch.Tensor) -> None:
-        """Counts the rows of the last correction pass that turned out to be part of the text.
+        """Counts the rows of the last verification pass that turned out to be part of the text.
 
         Args:
             slots: The requests, ``int64 [n]``, each at most once; `nobody` for rows without one.

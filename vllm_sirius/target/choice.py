@@ -47,10 +47,10 @@ def why_no_panels(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def choose_by_processor() -> TargetKernels:
-    """The faster kernel for the tokens of a correction pass on a processor that has both.
+    """The faster kernel for the tokens of a verification pass on a processor that has both.
 
     vLLM's kernels multiply on AMX tiles where there are any. Without them the panel kernel took 0.5 to 0.8 of their time for the
-    16 tokens of a correction pass, in the large layers of a 1.5B model on three processors, and 0.6 to 1.0 for a single one. It
+    16 tokens of a verification pass, in the large layers of a 1.5B model on three processors, and 0.6 to 1.0 for a single one. It
     is the slower one in a prompt on Zen 4 (1.3 times) and at 16 tokens in layers as small as a 135M model's (up to 1.3 times):
     the price of answers that do not depend on a measurement (``BENCHMARKS.md``).
     """

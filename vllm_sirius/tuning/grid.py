@@ -21,31 +21,31 @@ class Draft:
 
     Attributes:
         title: Name in tables.
-        knobs: Its keys of ``speculative_config``.
+        options: Its keys of ``speculative_config``.
         quick: Whether it belongs to the smaller grid.
     """
 
     title: str
-    knobs: dict[str, Any] = field(hash=False)
+    options: dict[str, Any] = field(hash=False)
     quick: bool = False
 
     @property
     def low_bit(self) -> bool:
-        """Whether it reads copies in few bits, which need compiled CPU kernels."""
-        return self.knobs.get("draft_weights", "shared") != "shared"
+        """Whether it reads quantised copies, which need compiled CPU kernels."""
+        return self.options.get("draft_weights", "shared") != "shared"
 
     def speculative_config(self, kernel_size: int, acceptance: str, adaptive: bool = False) -> dict[str, Any]:
         """The settings of an engine with this draft.
 
         Args:
-            kernel_size: Most tokens per correction pass.
+            kernel_size: Most tokens per verification pass.
             acceptance: One of `RULES`.
             adaptive: Whether drafts may be shorter. Predictions hold for one length alone.
 
         Returns:
             What ``--speculative-config`` accepts.
         """
-        options = {"method": "sirius", "kernel_size": kernel_size, **self.knobs, "acceptance": acceptance}
+        options = {"method": "sirius", "kernel_size": kernel_size, **self.options, "acceptance": acceptance}
         if acceptance == "threshold":
             options["threshold"] = THRESHOLD
         return {**options, "adaptive": adaptive}
@@ -66,7 +66,7 @@ DRAFTS = (
 
 
 DEFAULT_DRAFTS = ("int4 all", "coarse 0.5")
-"""Titles of what is drafted with unless told otherwise: on CPU, and where copies in few bits cannot be drafted with."""
+"""Titles of what is drafted with unless told otherwise: on CPU, and where quantised copies cannot be drafted with."""
 
 
 def choose_drafts(drafts: Sequence[Draft], quick: bool, low_bit: bool) -> list[Draft]:
@@ -75,7 +75,7 @@ def choose_drafts(drafts: Sequence[Draft], quick: bool, low_bit: bool) -> list[D
     Args:
         drafts: The grid.
         quick: Whether the smaller grid is wanted.
-        low_bit: Whether copies in few bits can be drafted with.
+        low_bit: Whether quantised copies can be drafted with.
 
     Returns:
         The drafts, in the order of the grid.

@@ -23,7 +23,7 @@ class Inspection:
     Attributes:
         platform: vLLM's name of the platform, for example ``cpu``.
         dtype: The dtype that ``auto`` stands for.
-        no_low_bit: Why copies in few bits cannot be drafted with; empty where they can.
+        no_low_bit: Why quantised copies cannot be drafted with; empty where they can.
         max_model_len: Longest text of the model.
         kv_bytes_per_token: KV cache of one token of text, in bytes; an upper bound for models with sliding windows.
         step_bytes: Weight bytes that a dense decoding step reads.

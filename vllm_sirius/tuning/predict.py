@@ -13,7 +13,7 @@ from vllm_sirius.tuning.grid import Draft
 
 
 def acceptance_lengths(counts: SpeculationCounts, longest: int) -> dict[int, float]:
-    """Mean tokens per correction pass at every kernel size, from drafts of one length.
+    """Mean tokens per verification pass at every kernel size, from drafts of one length.
 
     A shorter draft would have been accepted as far as its tokens go, so position i counts the same at every kernel
     size. This is approximate: with another kernel size drafts start elsewhere, and coarse sets are refreshed more often.
@@ -51,10 +51,10 @@ class Prediction:
     Attributes:
         draft: The draft.
         acceptance: The rule.
-        kernel_size: Most tokens per correction pass.
-        acceptance_length: Mean tokens per correction pass.
+        kernel_size: Most tokens per verification pass.
+        acceptance_length: Mean tokens per verification pass.
         draft_cost: Draft step over dense step.
-        verify_cost: Correction pass over dense step.
+        verify_cost: Verification pass over dense step.
         speedup: Speed over that of vLLM alone.
     """
 

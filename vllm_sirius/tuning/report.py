@@ -275,7 +275,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
 def _draft_as_json(measured: MeasuredDraft) -> dict[str, Any]:
     return {
         "title": measured.draft.title,
-        "knobs": measured.draft.knobs,
+        "options": measured.draft.options,
         "start_up_line": measured.start_up_line,
         "refused": measured.refused,
         "costs": measured.costs.as_dict() if measured.costs is not None else None,

@@ -31,7 +31,7 @@ LEAST_SCALES = (1.0, 0.92, 0.84)
 
 @dataclass(frozen=True)
 class LowBitRows:
-    """Weight rows of few bits.
+    """Weight quantised rows.
 
     Attributes:
         bits: 8 or 4.
@@ -80,7 +80,7 @@ class LowBitRows:
 
     @classmethod
     def quantise(cls, rows: torch.Tensor, bits: int) -> LowBitRows:
-        """Rounds rows to few bits.
+        """Quantises rows.
 
         Args:
             rows: ``[*leading, width]``, any floating dtype, strided as may be.

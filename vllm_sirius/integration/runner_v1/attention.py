@@ -102,7 +102,7 @@ def is_repeatable(config: SiriusConfig) -> bool:
     """Whether everything else of a pass is repeatable, so that attention should be.
 
     Args:
-        config: The knobs, with ``target_kernels`` decided: vLLM's own kernels round one token otherwise than several.
+        config: The options, with ``target_kernels`` decided: vLLM's own kernels round one token otherwise than several.
     """
     return config.lossless and config.target_kernels == "sirius" and not torch.cpu._is_amx_tile_supported()
 

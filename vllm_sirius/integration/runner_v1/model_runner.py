@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.loop import draft_tokens
+from vllm_sirius.drafting.prompt_lookup import PromptLookup
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_packed import load_target
@@ -145,8 +145,8 @@ class SiriusCPUModelRunner(CPUModelRunner):
             self._costs = measure_costs(self.model, self.draft_model, self.vllm_config, torch.device("cpu"))
             if self.sirius.adaptive:
                 self.drafter.policy = DraftPolicy(self._costs)
-            if self.sirius.lookup_tokens:
-                self.drafter.lookup = Lookup(self._costs.draft, self.sirius.lookup_tokens)
+            if self.sirius.prompt_lookup_tokens:
+                self.drafter.lookup = PromptLookup(self._costs.draft, self.sirius.prompt_lookup_tokens)
         return self._costs
 
 

@@ -8,8 +8,8 @@ import torch
 
 from vllm_sirius.draft.layer import ReducedFFNs
 from vllm_sirius.drafting.length import max_useful_draft_tokens
-from vllm_sirius.drafting.lookup import Lookup
 from vllm_sirius.drafting.loop import DraftRequest
+from vllm_sirius.drafting.prompt_lookup import PromptLookup
 from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.integration.target import LoadedTarget, install_switch
@@ -36,7 +36,7 @@ class SiriusProposer:
         self._requests: dict[str, SiriusRequest] = {}
         self.policy: DraftPolicy | None = None
         self._full_length = FullLength()
-        self.lookup: Lookup | None = None
+        self.lookup: PromptLookup | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -122,7 +122,7 @@ class SiriusProposer:
         """
         if self.statistics is not None:
             self.statistics.end_step()
-            # Counts the accepted rows of the correction pass.
+            # Counts the accepted rows of the verification pass.
             self.statistics.commit(self._slots(req_ids), torch.tensor([len(tokens) for tokens in sampled_token_ids]))
         to_draft = []
         decoding = True

@@ -52,7 +52,7 @@ def make_request(
 
     Args:
         sampling_params: vLLM's `SamplingParams`, judged when the request arrived.
-        config: The engine's knobs.
+        config: The engine's options.
         num_prompt_tokens: Length of its prompt.
         slot: Its row in the neuron statistics, or ``None``.
         acceptance: As in `SiriusRequest`.

@@ -22,7 +22,7 @@ class SiriusRequestState:
     Slots are upstream's: the index of a request in `RequestState`, which it keeps until it ends or is preempted.
 
     Args:
-        config: The knobs.
+        config: The options.
         table: What drafts must know of each request.
         statistics: Neuron statistics of the requests, or ``None`` with fine sparsity.
         max_model_len: Gives the longest text, which vLLM may fit to the KV cache after this was built.

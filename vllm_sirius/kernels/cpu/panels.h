@@ -1,4 +1,4 @@
-// Dense linear layers on the target's own bf16 weights, for the few tokens of a decoding step or a correction pass.
+// Dense linear layers on the target's own bf16 weights, for the few tokens of a decoding step or a verification pass.
 //
 // Sums are fp32. There are two ways to multiply, because processors differ: dot products of bf16 pairs need one instruction
 // where fp32 needs two and one to widen the weights, but many processors take several cycles for it (measured: half of fp32's

@@ -1,4 +1,4 @@
-"""Guesses looked up in a request's own text: what they are, how many pay, and that the draft stays the same."""
+"""Candidates looked up in a request's own text: what they are, how many pay, and that the draft stays the same."""
 
 import random
 
@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_sirius.drafting.lookup import (
+from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
+from vllm_sirius.drafting.prompt_lookup import (
     FIRST_TRIAL_STEPS,
     LONGEST_MATCH,
     MOST_STEP_TOKENS,
-    NO_GUESS,
+    NO_CANDIDATES,
     BatchSavings,
-    Guess,
-    GuessRates,
-    Lookup,
+    CandidateRates,
+    Candidates,
+    PromptLookup,
     look_up,
 )
-from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
 from vllm_sirius.pacing.costs import CostCurve
 from vllm_sirius.pacing.policy import FullLength
 
@@ -32,26 +32,26 @@ def text_of(*token_ids):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ((1, 2, 3), NO_GUESS),
-        ((5,), NO_GUESS),
-        ((7, 8, 9, 4, 7), Guess((8, 9, 4), 1)),
+        ((1, 2, 3), NO_CANDIDATES),
+        ((5,), NO_CANDIDATES),
+        ((7, 8, 9, 4, 7), Candidates((8, 9, 4), 1)),
         # The latest of the places that match best, not the latest of all.
-        ((1, 2, 3, 4, 9, 2, 6, 1, 2), Guess((3, 4, 9), 2)),
-        ((1, 2, 3, 1, 2, 4, 1, 2), Guess((4, 1, 2), 2)),
+        ((1, 2, 3, 4, 9, 2, 6, 1, 2), Candidates((3, 4, 9), 2)),
+        ((1, 2, 3, 1, 2, 4, 1, 2), Candidates((4, 1, 2), 2)),
         # More than the longest match is not compared: the second place is the later one.
-        ((0, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 6, 0, 1, 2, 3, 4), Guess((6, 0, 1), 4)),
+        ((0, 1, 2, 3, 4, 5, 9, 1, 2, 3, 4, 6, 0, 1, 2, 3, 4), Candidates((6, 0, 1), 4)),
         # What repeats goes on repeating.
-        ((1, 2, 1, 2), Guess((1, 2, 1), 2)),
-        ((3, 3), Guess((3, 3, 3), 1)),
+        ((1, 2, 1, 2), Candidates((1, 2, 1), 2)),
+        ((3, 3), Candidates((3, 3, 3), 1)),
     ],
 )
 def test_what_followed_the_last_place_that_matches_best(text, expected):
     assert look_up(text_of(*text), 3) == expected
 
 
-def test_nothing_is_guessed_where_nothing_is_of_use():
-    assert look_up(text_of(1, 2, 1, 2), 0) == NO_GUESS
-    assert look_up(text_of(), 3) == NO_GUESS
+def test_nothing_is_looked_up_where_nothing_is_of_use():
+    assert look_up(text_of(1, 2, 1, 2), 0) == NO_CANDIDATES
+    assert look_up(text_of(), 3) == NO_CANDIDATES
 
 
 @pytest.mark.usefixtures("fresh_input")
@@ -73,7 +73,7 @@ def test_lookup_agrees_with_a_search_by_hand():
 
 
 def test_rates_are_counted_by_match_length_and_place():
-    rates = GuessRates(3)
+    rates = CandidateRates(3)
     before = rates.survival(1, 3)
     for _ in range(1000):
         rates.observe(2, num_right=1, num_judged=2)
@@ -86,27 +86,27 @@ def test_rates_are_counted_by_match_length_and_place():
 
 
 def taken(lookup, texts, limits):
-    return [guess.taken for guess in lookup.guess(texts, limits)]
+    return [candidates.taken for candidates in lookup.propose(texts, limits)]
 
 
-def test_as_many_guesses_as_save_time():
+def test_as_many_candidates_as_save_time():
     text = text_of(*[1, 2, 3, 4, 5, 6, 7, 8] * 2)
-    assert taken(Lookup(FLAT, 7), [text], [100]) == [(1, 2, 3, 4, 5, 6, 7)]
-    assert taken(Lookup(FLAT, 7), [text], [2]) == [(1, 2)]
-    assert taken(Lookup(FLAT, 7), [text], [0]) == [()]
+    assert taken(PromptLookup(FLAT, 7), [text], [100]) == [(1, 2, 3, 4, 5, 6, 7)]
+    assert taken(PromptLookup(FLAT, 7), [text], [2]) == [(1, 2)]
+    assert taken(PromptLookup(FLAT, 7), [text], [0]) == [()]
     # Each token costs as much as a whole step: nothing can be saved.
-    assert taken(Lookup(CostCurve({1: 1.0, 32: 32.0}), 7), [text], [100]) == [()]
+    assert taken(PromptLookup(CostCurve({1: 1.0, 32: 32.0}), 7), [text], [100]) == [()]
     # Four tokens cost no more than one, the fifth does.
-    assert taken(Lookup(CostCurve({1: 1.0, 4: 1.0, 5: 2.0, 32: 32.0}), 7), [text], [100]) == [(1, 2, 3)]
-    # The first guess alone does not pay, all together do.
-    assert len(taken(Lookup(CostCurve({1: 1.0, 2: 1.9, 8: 2.0}), 7), [text], [100])[0]) == 7
+    assert taken(PromptLookup(CostCurve({1: 1.0, 4: 1.0, 5: 2.0, 32: 32.0}), 7), [text], [100]) == [(1, 2, 3)]
+    # The first candidate alone does not pay, all together do.
+    assert len(taken(PromptLookup(CostCurve({1: 1.0, 2: 1.9, 8: 2.0}), 7), [text], [100])[0]) == 7
 
 
-def test_guesses_that_only_seemed_dear_are_found_out():
+def test_candidates_that_only_seemed_dear_are_found_out():
     text = text_of(*[1, 2, 3, 4, 5, 6, 7, 8] * 2)
     costs = CostCurve({1: 1.0, 2: 5.0, 8: 6.0, 32: 7.0})
     costs.observe(1, 1.0)
-    lookup = Lookup(costs, 7)
+    lookup = PromptLookup(costs, 7)
     lengths = []
     while len(lengths) < 400:
         lengths.append(len(taken(lookup, [text], [100])[0]))
@@ -116,29 +116,29 @@ def test_guesses_that_only_seemed_dear_are_found_out():
     assert lengths[FIRST_TRIAL_STEPS:].count(0) == 0
 
 
-def test_guesses_that_are_dear_are_tried_ever_more_rarely():
+def test_candidates_that_are_dear_are_tried_ever_more_rarely():
     text = text_of(*[1, 2, 3, 4, 5, 6, 7, 8] * 2)
-    lookup = Lookup(CostCurve({1: 1.0, 32: 32.0}), 7)
+    lookup = PromptLookup(CostCurve({1: 1.0, 32: 32.0}), 7)
     lengths = [len(taken(lookup, [text], [100])[0]) for _ in range(1000)]
     assert sum(length > 0 for length in lengths) <= 8
 
 
-def test_the_likeliest_guesses_of_a_batch_come_first():
+def test_the_likeliest_candidates_of_a_batch_come_first():
     sure, unsure = text_of(1, 2, 3, 4, 5, 1, 2, 3, 4), text_of(1, 5, 6, 7, 8, 9, 1)
-    lookup = Lookup(CostCurve({1: 1.0, 2: 1.0, 4: 1.0, 5: 9.0}), 2)
+    lookup = PromptLookup(CostCurve({1: 1.0, 2: 1.0, 4: 1.0, 5: 9.0}), 2)
     assert taken(lookup, [unsure, sure], [9, 9]) == [(), (5, 1)]
 
 
-def test_a_batch_that_saves_nothing_guesses_less():
+def test_a_batch_that_saves_nothing_looks_less_up():
     text = text_of(*[1, 2, 3, 4, 5] * 3)
     costs = CostCurve({1: 1.0, 32: 3.0})
-    lookup = Lookup(costs, 7)
+    lookup = PromptLookup(costs, 7)
     before = sum(map(len, taken(lookup, [text] * 4, [9] * 4)))
     for _ in range(100):
         lookup.drafted(saved=0, hoped=3.0)
     assert sum(map(len, taken(lookup, [text] * 4, [9] * 4))) < before
     # A single request is not concerned.
-    assert taken(lookup, [text], [9]) == taken(Lookup(costs, 7), [text], [9]) != [()]
+    assert taken(lookup, [text], [9]) == taken(PromptLookup(costs, 7), [text], [9]) != [()]
 
 
 def test_the_share_of_a_batch_is_counted():
@@ -152,14 +152,14 @@ def test_the_share_of_a_batch_is_counted():
 
 
 def test_the_loop_counts_what_a_batch_saved():
-    class Recorder(Lookup):
+    class Recorder(PromptLookup):
         seen = ()
 
         def drafted(self, saved, hoped):
             self.seen += ((saved, hoped),)
 
     lookup = Recorder(FLAT, 3)
-    # Row 0 (1 -> 5 -> 3 -> 4 -> 8) is guessed two right of three in its first step; nothing is known of row 1.
+    # Row 0 (1 -> 5 -> 3 -> 4 -> 8) has two right candidates of three in its first step; nothing is known of row 1.
     known, unknown = text_of(1, 5, 3, 0, 0, 0, 1), text_of(2)
     requests = [DraftRequest(0, 1, 7, 4, frozenset(), known), DraftRequest(1, 2, 7, 2, frozenset(), unknown)]
     assert list(map(len, draft_tokens(requests, Model(), FullLength(), lookup).values())) == [4, 2]
@@ -168,18 +168,18 @@ def test_the_loop_counts_what_a_batch_saved():
 
 def test_a_step_never_exceeds_what_the_kernels_take():
     texts = [text_of(*[1, 2, 3, 4] * 3) for _ in range(20)]
-    assert len(texts) + sum(map(len, taken(Lookup(FLAT, 7), texts, [50] * 20))) == MOST_STEP_TOKENS
-    assert taken(Lookup(FLAT, 7), texts * 2, [50] * 40) == [()] * 40
+    assert len(texts) + sum(map(len, taken(PromptLookup(FLAT, 7), texts, [50] * 20))) == MOST_STEP_TOKENS
+    assert taken(PromptLookup(FLAT, 7), texts * 2, [50] * 40) == [()] * 40
 
 
-def test_guesses_that_are_never_right_stop_until_they_would_have_been():
-    lookup = Lookup(CostCurve({1: 1.0, 32: 4.0}), 7)
+def test_candidates_that_are_never_right_stop_until_they_would_have_been():
+    lookup = PromptLookup(CostCurve({1: 1.0, 32: 4.0}), 7)
     text = text_of(*[1, 2, 3, 4, 5] * 3)
-    (first,) = lookup.guess([text], [9])
+    (first,) = lookup.propose([text], [9])
     assert first.taken
     for _ in range(200):
         lookup.judged(first, [0])
-    (last,) = lookup.guess([text], [9])
+    (last,) = lookup.propose([text], [9])
     assert not last.taken
     for _ in range(200):
         lookup.judged(last, last.token_ids[:1])
@@ -221,7 +221,7 @@ class Capricious(FullLength):
 
 @pytest.mark.usefixtures("fresh_input")
 @pytest.mark.parametrize("make_rule", [FullLength, Capricious])
-def test_the_draft_is_the_same_with_guesses_and_takes_fewer_steps(make_rule):
+def test_the_draft_is_the_same_with_prompt_lookup_and_takes_fewer_steps(make_rule):
     saved = 0
     for _ in range(60):
         requests = []
@@ -229,17 +229,17 @@ def test_the_draft_is_the_same_with_guesses_and_takes_fewer_steps(make_rule):
             text = text_of(*[random.randrange(VOCABULARY) for _ in range(random.randrange(1, 60))])
             ends = frozenset(random.sample(range(VOCABULARY), random.randrange(2)))
             requests.append(DraftRequest(row, int(text[-1]), len(text) - 1, random.randrange(1, 20), ends, text))
-        plain, guessing = Model(), Model()
+        plain, looking_up = Model(), Model()
         expected = draft_tokens(requests, plain, make_rule())
-        assert draft_tokens(requests, guessing, make_rule(), Lookup(FLAT, 7)) == expected
-        assert guessing.num_steps <= plain.num_steps
-        saved += plain.num_steps - guessing.num_steps
+        assert draft_tokens(requests, looking_up, make_rule(), PromptLookup(FLAT, 7)) == expected
+        assert looking_up.num_steps <= plain.num_steps
+        saved += plain.num_steps - looking_up.num_steps
         for request in requests:
-            # No position beyond those of the longest draft, and the cache holds the draft, not a wrong guess.
-            fed = [position for row, position in guessing.cache if row == request.row]
+            # No position beyond those of the longest draft, and the cache holds the draft, not a wrong candidate.
+            fed = [position for row, position in looking_up.cache if row == request.row]
             assert max(fed) <= request.position + request.max_draft_tokens - 1
             text = [request.last_token_id, *expected[request.row]]
-            known = [guessing.cache.get((request.row, request.position + i)) for i in range(len(text))]
+            known = [looking_up.cache.get((request.row, request.position + i)) for i in range(len(text))]
             assert known[:-1] == text[:-1]
     assert saved > 50
 
@@ -254,6 +254,6 @@ def test_a_step_is_reported_with_what_it_was_fed_and_gave():
     # 1 -> 5 -> 3 -> 4 -> 8 by the model, away from positions that are multiples of six.
     text = text_of(1, 5, 3, 0, 0, 0, 1)
     rule = Recorder()
-    drafts = draft_tokens([DraftRequest(0, 1, 7, 4, frozenset(), text)], Model(), rule, Lookup(FLAT, 3))
+    drafts = draft_tokens([DraftRequest(0, 1, 7, 4, frozenset(), text)], Model(), rule, PromptLookup(FLAT, 3))
     assert drafts == {0: [5, 3, 4, 8]}
     assert rule.steps == ((4, 3), (1, 1))
