@@ -51,7 +51,7 @@ def draft_report(llm: Any) -> dict[str, Any]:
         "neurons": [ffn.num_neurons for ffn in drafter.ffns.ffns],
         "native": drafter.ffns.backend is not None,
         "row_bytes": drafter.ffns.backend.num_bytes if drafter.ffns.backend is not None else 0,
-        "requests": len(runner.req_states.req_id_to_index if is_v2(runner) else drafter._requests),
+        "requests": len(runner.req_states.req_id_to_index if is_v2(runner) else drafter.requests),
         "draft_calls": drafter.ffns.num_draft_calls,
         "draft": (runner.speculative_config.sirius.sparsity, runner.speculative_config.sirius.draft_weights),
     }

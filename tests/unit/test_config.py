@@ -4,7 +4,7 @@ import pytest
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.errors import SiriusConfigError
-from vllm_sirius.request_options import RequestOptions, parse_request_options
+from vllm_sirius.request_rules import RequestOptions, parse_request_options
 
 
 def test_defaults_are_those_of_the_readme():

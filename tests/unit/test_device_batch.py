@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vllm_sirius.drafting.device_batch import MAX_END_TOKENS, NO_REQUEST, DraftBatch, DraftTable
-from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
 from vllm_sirius.pacing.policy import FullLength
+from vllm_sirius.request_rules import RequestRules
 
 VOCABULARY = 11
 """Small, so that random end tokens are met."""
@@ -33,11 +33,12 @@ class Request:
     emitted: bool
 
     @property
+    def rules(self) -> RequestRules:
+        return RequestRules(self.enabled, 0.1, frozenset(self.ends), self.prompt_len, self.max_tokens, 0)
+
+    @property
     def max_draft_tokens(self) -> int:
-        if not self.enabled or not self.emitted:
-            return 0
-        remaining = self.prompt_len + self.max_tokens - (self.position + 1)
-        return max_useful_draft_tokens(DRAFT_LENGTH, self.position, remaining, MAX_MODEL_LEN)
+        return self.rules.most_draft_tokens(self.position + 1, DRAFT_LENGTH, MAX_MODEL_LEN) if self.emitted else 0
 
 
 def random_requests(random_numbers, count):

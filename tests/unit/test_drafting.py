@@ -2,9 +2,9 @@
 
 import torch
 
-from vllm_sirius.drafting.length import max_useful_draft_tokens
 from vllm_sirius.drafting.loop import DraftRequest, draft_tokens
 from vllm_sirius.pacing.policy import FullLength
+from vllm_sirius.request_rules import RequestRules
 
 VOCABULARY = 50
 
@@ -49,18 +49,45 @@ def test_nothing_to_draft_runs_nothing():
     assert model.steps == []
 
 
+def rules(**given):
+    return RequestRules(
+        **{
+            "enabled": True,
+            "threshold": 0.1,
+            "end_token_ids": frozenset(),
+            "num_prompt_tokens": 5,
+            "max_tokens": None,
+            "min_tokens": 0,
+            **given,
+        }
+    )
+
+
 def test_useful_length_stops_at_the_last_token_that_can_be_emitted():
-    assert max_useful_draft_tokens(15, position=10, remaining_tokens=100, max_model_len=1000) == 15
+    # Eleven tokens of text, five of them the prompt: six are emitted.
+    assert rules(max_tokens=106).most_draft_tokens(11, 15, 1000) == 15
     # One token may still be emitted: the target emits it, no draft can be used.
-    assert max_useful_draft_tokens(15, position=10, remaining_tokens=1, max_model_len=1000) == 0
-    assert max_useful_draft_tokens(15, position=10, remaining_tokens=4, max_model_len=1000) == 3
+    assert rules(max_tokens=7).most_draft_tokens(11, 15, 1000) == 0
+    assert rules(max_tokens=10).most_draft_tokens(11, 15, 1000) == 3
 
 
 def test_useful_length_stops_before_the_longest_text():
-    # position 97 of 100: the text has 98 tokens; two more fit, of which the target emits the last one.
-    assert max_useful_draft_tokens(15, position=97, remaining_tokens=50, max_model_len=100) == 1
-    assert max_useful_draft_tokens(15, position=98, remaining_tokens=50, max_model_len=100) == 0
-    assert max_useful_draft_tokens(15, position=99, remaining_tokens=50, max_model_len=100) == 0
+    # A text of 98 of 100 tokens: two more fit, of which the target emits the last one.
+    assert rules(max_tokens=200).most_draft_tokens(98, 15, 100) == 1
+    assert rules().most_draft_tokens(98, 15, 100) == 1
+    assert rules().most_draft_tokens(99, 15, 100) == 0
+    assert rules().most_draft_tokens(100, 15, 100) == 0
+
+
+def test_nothing_is_drafted_across_the_fewest_tokens_of_a_request():
+    assert rules(min_tokens=10).most_draft_tokens(11, 15, 1000) == 3
+    assert rules(min_tokens=7).most_draft_tokens(11, 15, 1000) == 0
+    assert rules(min_tokens=6).most_draft_tokens(11, 15, 1000) == 15
+
+
+def test_a_request_that_is_switched_off_drafts_nothing():
+    assert rules(enabled=False).most_draft_tokens(11, 15, 1000) == 0
+    assert rules(enabled=False).last_position(1000) == -1
 
 
 class UpTo:
@@ -88,11 +115,11 @@ def test_a_rule_ends_single_rows_and_whole_drafts():
     requests = [
         DraftRequest(0, 10, 0, 8, frozenset()),
         DraftRequest(1, 20, 0, 8, frozenset({22})),
-        DraftRequest(3, 30, 0, 8, frozenset()),
         DraftRequest(4, 5, 0, 8, frozenset()),
     ]
-    drafts = draft_tokens(requests, model, UpTo({0: 3, 1: 3, 3: 0, 4: 1}, last=12))
-    # Row 0 may take 3 steps, the third token is 13 and not kept; row 1 proposes above `last` at once; row 3 never starts.
-    assert drafts == {0: [11, 12], 1: [], 3: [], 4: [6]}
+    # The first step is chosen before: two more for row 0 and row 1, none for row 4.
+    drafts = draft_tokens(requests, model, UpTo({0: 2, 1: 2, 4: 0}, last=12))
+    # Row 0 may take 3 steps, the third token is 13 and not kept; row 1 proposes above `last` at once.
+    assert drafts == {0: [11, 12], 1: [], 4: [6]}
     assert [rows for rows, _, _ in model.steps] == [[0, 1, 4], [0], [0]]
     assert model.steps[1] == ([0], [11], [1])

@@ -5,7 +5,7 @@ import torch
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.errors import SiriusConfigError
-from vllm_sirius.request_options import parse_request_options
+from vllm_sirius.request_rules import parse_request_options
 
 THRESHOLD = SiriusConfig(acceptance="threshold")
 

@@ -13,7 +13,7 @@ from vllm_sirius.config import SiriusConfig
 from vllm_sirius.measuring.engine import Answers
 from vllm_sirius.metrics import SpeculationCounts
 from vllm_sirius.pacing.costs import StepCosts
-from vllm_sirius.request_options import THRESHOLD_KEY, parse_request_options
+from vllm_sirius.request_rules import THRESHOLD_KEY, parse_request_options
 from vllm_sirius.tuning.errors import TuningError
 from vllm_sirius.tuning.grid import DRAFTS, RULES, choose_drafts
 from vllm_sirius.tuning.measure import THRESHOLDS, add_counts

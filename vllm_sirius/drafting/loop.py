@@ -101,9 +101,9 @@ def draft_tokens(
     slots of the longest draft. A request that is done leaves the batch of the following steps.
 
     Args:
-        requests: The requests to draft for, in ascending order of their rows.
+        requests: The requests for which `rule` has chosen a first step, in ascending order of their rows.
         forward: One draft step.
-        rule: Decides what pays.
+        rule: Decides what further steps pay.
         lookup: Finds candidates that a step verifies along; without it each step drafts one.
 
     Returns:
@@ -113,15 +113,12 @@ def draft_tokens(
     active = drafts
     num_steps, hoped = 0, 0.0
     while active:
-        chosen = set(rule.choose([draft.request.row for draft in active]))
-        active = [draft for draft in active if draft.request.row in chosen]
-        if not active:
-            break
         _look_up(active, lookup)
         going = _step(active, forward, rule, lookup)
         num_steps += 1
         hoped += sum(draft.num_right for draft in active) / len(active)
-        active = going
+        chosen = set(rule.choose([draft.request.row for draft in going])) if going else set()
+        active = [draft for draft in going if draft.request.row in chosen]
     if lookup is not None and len(drafts) > 1:
         lookup.drafted(max(draft.num_plain_steps for draft in drafts) - num_steps, hoped)
     return {draft.request.row: draft.token_ids for draft in drafts}

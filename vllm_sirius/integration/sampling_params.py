@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_sirius.errors import SiriusConfigError
 from vllm_sirius.integration.hook_engine import Hook
 from vllm_sirius.integration.speculative_config import sirius_config
-from vllm_sirius.request_options import parse_request_options
+from vllm_sirius.request_rules import parse_request_options
 
 
 def _verify(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_sirius.measuring.engine import Answers, Engine, EngineError
 from vllm_sirius.metrics import SpeculationCounts
 from vllm_sirius.pacing.costs import StepCosts
-from vllm_sirius.request_options import THRESHOLD_KEY
+from vllm_sirius.request_rules import THRESHOLD_KEY
 from vllm_sirius.tuning.errors import TuningError
 from vllm_sirius.tuning.grid import ABOVE_EVERY_LIKELIHOOD, RULES, THRESHOLD, Draft
 from vllm_sirius.tuning.predict import Prediction, predict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -47,11 +46,9 @@ class DraftForward:
         runner: The V1 model runner, after the target's forward pass of this step.
         common_attn_metadata: Attention metadata of that pass, for what does not change from pass to pass.
         draft: The draft.
-        prepare: Called once, before the first step; never where nothing is drafted.
     """
 
-    def __init__(self, runner: Any, common_attn_metadata: Any, draft: DraftModel, prepare: Callable[[], None]) -> None:
-        self._prepare: Callable[[], None] | None = prepare
+    def __init__(self, runner: Any, common_attn_metadata: Any, draft: DraftModel) -> None:
         self._runner = runner
         self._common = common_attn_metadata
         self._draft = draft
@@ -60,9 +57,6 @@ class DraftForward:
         self, rows: list[int], counts: list[int], token_ids: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Runs the step; see `drafting.loop.DraftForward`."""
-        if self._prepare is not None:
-            self._prepare()
-            self._prepare = None
         attn_metadata, slot_mapping = self._attention(rows, counts, positions)
         hidden_states = self._draft.forward(token_ids, positions, attn_metadata, slot_mapping=slot_mapping)
         return self._draft.compute_logits(hidden_states)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_sirius.drafting.loop import draft_tokens
-from vllm_sirius.drafting.prompt_lookup import PromptLookup
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.kv_groups import require_attention
 from vllm_sirius.integration.load_packed import load_target
@@ -17,13 +14,12 @@ from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.runner_v1.attention import is_repeatable, make_repeatable
 from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
-from vllm_sirius.integration.runner_v1.proposer import SiriusProposer
+from vllm_sirius.integration.runner_v1.proposer import SiriusProposer, VerifiedStep
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.runner_v1.seeded_draws import place_generators
 from vllm_sirius.integration.speculative_config import METHOD, sirius_config
 from vllm_sirius.integration.target import make_draft
 from vllm_sirius.pacing.costs import StepCosts
-from vllm_sirius.pacing.policy import DraftPolicy
 
 
 class SiriusCPUModelRunner(CPUModelRunner):
@@ -35,7 +31,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
 
     drafter: SiriusProposer
     draft_model: DraftModel
-    rejection_sampler: Any
+    rejection_sampler: Any  # of upstream's class until the constructor is done
     _reload: TargetReload
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -43,14 +39,9 @@ class SiriusCPUModelRunner(CPUModelRunner):
         assert config is not None
         self.sirius = config
         self._costs: StepCosts | None = None
-        self._drafted_at = self._draft_seconds = 0.0
         with _AsCustomClass(vllm_config.speculative_config):
             super().__init__(vllm_config, device)
-        self.rejection_sampler = SiriusRejectionSampler(
-            self.rejection_sampler,
-            vllm_config.speculative_config,
-            lambda num_rows: self.drafter.thresholds(self.input_batch.req_ids, num_rows),
-        )
+        self.rejection_sampler = SiriusRejectionSampler(self.rejection_sampler, vllm_config.speculative_config)
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """Loads the target and makes it its own drafter; upstream's version would load it without the FFN check."""
@@ -76,8 +67,10 @@ class SiriusCPUModelRunner(CPUModelRunner):
 
     def _update_states(self, scheduler_output: Any) -> Any:
         corrections = super()._update_states(scheduler_output)
-        self.drafter.begin_step(scheduler_output, self.requests, self.input_batch.req_ids)
-        place_generators(self.input_batch.generators, self.input_batch.req_ids, self.requests)
+        req_ids = self.input_batch.req_ids
+        self.drafter.begin_pass(scheduler_output, self.requests, req_ids)
+        self.rejection_sampler.begin_pass(self.drafter.requests.thresholds(req_ids))
+        place_generators(self.input_batch.generators, req_ids, self.requests)
         return corrections
 
     def initialize_metadata_builders(self, kv_cache_config: Any, kernel_block_sizes: list[int]) -> None:
@@ -114,39 +107,21 @@ class SiriusCPUModelRunner(CPUModelRunner):
             Draft tokens per row.
         """
         common_attn_metadata = unused[-2]
-        started = time.perf_counter()
-        req_ids = self.input_batch.req_ids
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        requests = self.drafter.end_step(
-            req_ids,
+        batch = self.input_batch
+        step = VerifiedStep(
+            batch.req_ids,
             sampled_token_ids,
-            self.input_batch.num_tokens_no_spec,
-            self.input_batch.token_ids_cpu,
+            batch.num_tokens_no_spec,
+            batch.token_ids_cpu,
             scheduler_output.num_spec_tokens_to_schedule,
-            (started - self._drafted_at, self._draft_seconds),
         )
-        if requests:
-            forward = DraftForward(
-                self,
-                common_attn_metadata,
-                self.draft_model,
-                prepare=lambda: self.drafter.select_neurons(req_ids, requests),
-            )
-            rule = self.drafter.begin_drafts(req_ids, requests)
-            for row, tokens in draft_tokens(requests, forward, rule, self.drafter.lookup).items():
-                drafts[row] = tokens
-        self._drafted_at = time.perf_counter()
-        self._draft_seconds = self._drafted_at - started
-        return drafts
+        return self.drafter.propose(step, DraftForward(self, common_attn_metadata, self.draft_model))
 
     def measure_costs(self) -> StepCosts:
         """What passes cost on this machine: measured at the first call, then followed while the engine runs."""
         if self._costs is None:
             self._costs = measure_costs(self.model, self.draft_model, self.vllm_config, torch.device("cpu"))
-            if self.sirius.adaptive:
-                self.drafter.policy = DraftPolicy(self._costs)
-            if self.sirius.prompt_lookup_tokens:
-                self.drafter.lookup = PromptLookup(self._costs.draft, self.sirius.prompt_lookup_tokens)
+            self.drafter.adapt(self._costs)
         return self._costs
 
 

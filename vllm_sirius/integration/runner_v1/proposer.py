@@ -1,22 +1,47 @@
-"""The state of Sirius on Model Runner V1: who runs, what the statistics see, what each request may draft."""
+"""Sirius's proposer on Model Runner V1: commits what the target accepted, selects neurons, drafts.
+
+The class is upstream's drafter of method ``custom_class`` (``vllm.v1.spec_decode.custom_class_proposer``). Its `propose` takes
+what upstream's caller does not hand over, so `SiriusCPUModelRunner.propose_draft_token_ids` calls it.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm_sirius.draft.layer import ReducedFFNs
-from vllm_sirius.drafting.length import max_useful_draft_tokens
-from vllm_sirius.drafting.loop import DraftRequest
+from vllm_sirius.drafting.loop import DraftForward, DraftRequest, draft_tokens
 from vllm_sirius.drafting.prompt_lookup import PromptLookup
-from vllm_sirius.integration.runner_v1.request_table import SiriusRequest, make_request
+from vllm_sirius.integration.runner_v1.request_table import RequestTable, SiriusRequest
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.integration.target import LoadedTarget, install_switch
+from vllm_sirius.pacing.costs import StepCosts
 from vllm_sirius.pacing.policy import Draft, DraftPolicy, FullLength, LengthRule
-from vllm_sirius.sparsity.observation import ObservedRows
 from vllm_sirius.sparsity.selector import NeuronSelector
 from vllm_sirius.sparsity.statistics import NeuronStatistics
+
+
+@dataclass(frozen=True)
+class VerifiedStep:
+    """What is known once the target has verified a batch.
+
+    Attributes:
+        req_ids: Requests in batch order.
+        sampled_token_ids: Tokens emitted per row, empty for prefill chunks.
+        num_tokens: Length of each row's text, the new tokens included, ``int [B]``.
+        token_ids: Text of each row, ``int32 [B, longest]``.
+        num_speculative_tokens: Most tokens to draft now.
+    """
+
+    req_ids: Sequence[str]
+    sampled_token_ids: Sequence[Sequence[int]]
+    num_tokens: Any
+    token_ids: Any
+    num_speculative_tokens: int
 
 
 class SiriusProposer:
@@ -27,43 +52,37 @@ class SiriusProposer:
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        config = sirius_config(vllm_config.speculative_config) or vllm_config.speculative_config.sirius
+        config = sirius_config(vllm_config.speculative_config)
+        assert config is not None
         self.config = config
         self.vllm_config = vllm_config
         self.ffns: ReducedFFNs
+        self.requests: RequestTable
         self.statistics: NeuronStatistics | None = None
-        self._selector: NeuronSelector | None = None
-        self._requests: dict[str, SiriusRequest] = {}
         self.policy: DraftPolicy | None = None
-        self._full_length = FullLength()
         self.lookup: PromptLookup | None = None
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest text. Read anew each time: vLLM may fit it to the KV cache after the runner was built."""
-        longest: int = self.vllm_config.model_config.max_model_len
-        return longest
-
-    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
-        """Upstream's seam for drafters of method ``custom_class``; the runner overrides its caller."""
-        raise AssertionError("SiriusCPUModelRunner.propose_draft_token_ids drafts")
+        self._selector: NeuronSelector | None = None
+        self._full_length = FullLength()
+        self._drafted_at = self._draft_seconds = 0.0
 
     def attach(self, target: LoadedTarget) -> None:
         """Puts the switch between target and draft into a freshly loaded target."""
         self.ffns, self._selector = install_switch(target, self.vllm_config)
         self.statistics = self.ffns.statistics
+        self.requests = RequestTable(self.config, self.statistics)
 
-    def thresholds(self, req_ids: list[str], num_rows: int) -> torch.Tensor:
-        """Likelihood threshold of each row of the batch, ``float32 [num_rows]``.
+    def adapt(self, costs: StepCosts) -> None:
+        """From now on draft lengths and prompt lookup go by what steps cost, as far as the options want it.
 
         Args:
-            req_ids: Requests in batch order; fewer than `num_rows` in a profiling run, which has rows without requests.
-            num_rows: Rows of the batch.
+            costs: The costs, which go on learning.
         """
-        known = [self._requests[req_id].threshold for req_id in req_ids[:num_rows]]
-        return torch.tensor(known + [self.config.threshold] * (num_rows - len(known)))
+        if self.config.adaptive:
+            self.policy = DraftPolicy(costs)
+        if self.config.prompt_lookup_tokens:
+            self.lookup = PromptLookup(costs.draft, self.config.prompt_lookup_tokens)
 
-    def begin_step(self, scheduler_output: Any, states: dict[str, Any], req_ids: list[str]) -> None:
+    def begin_pass(self, scheduler_output: Any, states: dict[str, Any], req_ids: Sequence[str]) -> None:
         """Follows upstream's requests, and tells the statistics whose rows the coming forward pass holds.
 
         Args:
@@ -71,144 +90,101 @@ class SiriusProposer:
             states: Upstream's request states by id.
             req_ids: Requests in batch order.
         """
-        for req_id in [req_id for req_id in self._requests if req_id not in states]:
-            self._forget(req_id)
-        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        for req_id in req_ids:
-            state = states[req_id]
-            if req_id not in self._requests:
-                self._admit(req_id, state)
-            elif req_id in resumed:
-                self._restart(self._requests[req_id], state)
-            judged = scheduler_output.scheduled_spec_decode_tokens.get(req_id, ())
-            self._requests[req_id].num_drafted = len(judged)
+        for request in self.requests.follow(scheduler_output, states, req_ids):
+            request.acceptance = self.policy.new_request() if self.policy is not None else None
         if self.statistics is not None:
-            self.statistics.begin_step(self._observed_rows(scheduler_output, states, req_ids))
+            self.statistics.begin_step(self.requests.observed_rows(scheduler_output, states, req_ids))
 
-    def _observed_rows(self, scheduler_output: Any, states: dict[str, Any], req_ids: list[str]) -> list[ObservedRows]:
-        runs = []
-        start = 0
-        for req_id in req_ids:
-            count = scheduler_output.num_scheduled_tokens[req_id]
-            request = self._requests[req_id]
-            prefill = states[req_id].num_computed_tokens < request.num_known_tokens
-            if request.slot is not None and (prefill or self.config.refresh):
-                prompt_rows = min(count, request.num_known_tokens - states[req_id].num_computed_tokens)
-                runs.append(ObservedRows(request.slot, start, prompt_rows if prefill else count, not prefill))
-            start += count
-        return runs
-
-    def end_step(
-        self,
-        req_ids: list[str],
-        sampled_token_ids: list[list[int]],
-        num_tokens: Any,
-        token_ids: Any,
-        num_spec_tokens: int,
-        seconds: tuple[float, float],
-    ) -> list[DraftRequest]:
-        """Takes in what the target accepted, refreshes the neuron set and says what to draft.
+    def propose(self, step: VerifiedStep, forward: DraftForward) -> list[list[int]]:
+        """Drafts for every request that emitted tokens.
 
         Args:
-            req_ids: Requests in batch order.
-            sampled_token_ids: Tokens emitted per row, empty for prefill chunks.
-            num_tokens: Length of each row's text, the new tokens included, ``int [B]``.
-            token_ids: Text of each row, ``int32 [B, longest]``.
-            num_spec_tokens: Most tokens to draft in this step.
-            seconds: What the pass and all around it took, and what drafting the tokens that it judged took.
+            step: What the target's pass gave.
+            forward: One draft step on this batch.
 
         Returns:
-            The rows that draft.
+            Draft tokens per row.
         """
+        started = time.perf_counter()
+        self._commit(step)
+        self._observe_pace(step, started - self._drafted_at)
+        drafts: list[list[int]] = [[] for _ in step.sampled_token_ids]
+        for row, token_ids in self._draft(step, forward).items():
+            drafts[row] = token_ids
+        self._drafted_at = time.perf_counter()
+        self._draft_seconds = self._drafted_at - started
+        return drafts
+
+    def _commit(self, step: VerifiedStep) -> None:
+        """Statistics and acceptance rates take in what the target accepted."""
         if self.statistics is not None:
             self.statistics.end_step()
-            # Counts the accepted rows of the verification pass.
-            self.statistics.commit(self._slots(req_ids), torch.tensor([len(tokens) for tokens in sampled_token_ids]))
-        to_draft = []
-        decoding = True
-        for row, (req_id, emitted) in enumerate(zip(req_ids, sampled_token_ids, strict=True)):
-            request = self._requests[req_id]
-            first = int(num_tokens[row]) - len(emitted) == request.num_known_tokens
-            decoding = decoding and bool(emitted) and not first
+            counts = torch.tensor([len(token_ids) for token_ids in step.sampled_token_ids])
+            self.statistics.commit(self.requests.slots(step.req_ids), counts)
+        for row, emitted in enumerate(step.sampled_token_ids):
+            request = self.requests[step.req_ids[row]]
             if not emitted:
                 continue
-            self._take_in(request, len(emitted), first)
-            text = token_ids[row, : int(num_tokens[row])]
-            draft = self._draft_request(row, request, text, num_spec_tokens)
-            if draft is not None:
-                to_draft.append(draft)
-        if decoding and self.policy is not None:
-            num_judged = sum(self._requests[req_id].num_drafted for req_id in req_ids)
-            num_emitted = sum(map(len, sampled_token_ids))
-            self.policy.observe_step(len(req_ids), len(req_ids) + num_judged, num_emitted, *seconds)
-        return to_draft
+            if not self._is_first(step, row):
+                if request.acceptance is not None:
+                    request.acceptance.judged(len(emitted) - 1, request.num_drafted)
+            elif self.statistics is not None and request.slot is not None:
+                self.statistics.learn_prior(request.slot)
 
-    def begin_drafts(self, req_ids: list[str], to_draft: list[DraftRequest]) -> LengthRule:
-        """What decides how far the rows of `end_step` are drafted.
+    def _is_first(self, step: VerifiedStep, row: int) -> bool:
+        """Whether a row's tokens are those that end its prefill."""
+        request = self.requests[step.req_ids[row]]
+        return int(step.num_tokens[row]) - len(step.sampled_token_ids[row]) == request.num_known_tokens
+
+    def _observe_pace(self, step: VerifiedStep, seconds: float) -> None:
+        """The policy takes in what a step took in which every row decoded.
 
         Args:
-            req_ids: Requests in batch order.
-            to_draft: The rows that draft.
+            step: The step.
+            seconds: What the target's pass and all around it but drafting took.
         """
+        rows = enumerate(step.sampled_token_ids)
+        if self.policy is None or not all(emitted and not self._is_first(step, row) for row, emitted in rows):
+            return
+        num_rows = len(step.req_ids)
+        num_judged = sum(self.requests[req_id].num_drafted for req_id in step.req_ids)
+        num_emitted = sum(map(len, step.sampled_token_ids))
+        self.policy.observe_step(num_rows, num_rows + num_judged, num_emitted, seconds, self._draft_seconds)
+
+    def _draft(self, step: VerifiedStep, forward: DraftForward) -> dict[int, list[int]]:
+        requests = [request for row in range(len(step.req_ids)) for request in self._draft_requests(step, row)]
+        if not requests:
+            return {}
+        rule = self._length_rule(step, requests)
+        chosen = set(rule.choose([request.row for request in requests]))
+        requests = [request for request in requests if request.row in chosen]
+        if requests and self._selector is not None:
+            self._selector.select(self.requests.slots([step.req_ids[request.row] for request in requests]))
+        return draft_tokens(requests, forward, rule, self.lookup)
+
+    def _draft_requests(self, step: VerifiedStep, row: int) -> list[DraftRequest]:
+        """What to draft for a row, or nothing."""
+        rules = self.requests[step.req_ids[row]].rules
+        text = step.token_ids[row, : int(step.num_tokens[row])]
+        last_token_id = int(text[-1])
+        if not step.sampled_token_ids[row] or last_token_id in rules.end_token_ids:
+            return []
+        # Read anew each time: vLLM may fit the longest text to the KV cache after the runner was built.
+        longest: int = self.vllm_config.model_config.max_model_len
+        most = rules.most_draft_tokens(len(text), step.num_speculative_tokens, longest)
+        if most == 0:
+            return []
+        return [DraftRequest(row, last_token_id, len(text) - 1, most, rules.end_token_ids, text)]
+
+    def _length_rule(self, step: VerifiedStep, requests: Sequence[DraftRequest]) -> LengthRule:
+        """What decides how far a batch is drafted."""
         if self.policy is None:
             self._full_length.begin(self.lookup.costs if self.lookup is not None else None)
             return self._full_length
         drafts = []
-        for draft in to_draft:
-            acceptance = self._requests[req_ids[draft.row]].acceptance
-            assert acceptance is not None
-            drafts.append(Draft(draft.row, acceptance))
-        self.policy.begin(drafts, len(req_ids))
+        for request in requests:
+            state: SiriusRequest = self.requests[step.req_ids[request.row]]
+            assert state.acceptance is not None
+            drafts.append(Draft(request.row, state.acceptance))
+        self.policy.begin(drafts, len(step.req_ids))
         return self.policy
-
-    def select_neurons(self, req_ids: list[str], to_draft: list[DraftRequest]) -> None:
-        """Chooses the neurons of the coming drafts. Arguments as in `begin_drafts`."""
-        if self._selector is not None:
-            self._selector.select(self._slots([req_ids[draft.row] for draft in to_draft]))
-
-    def _take_in(self, request: SiriusRequest, num_emitted: int, first: bool) -> None:
-        if not first and request.acceptance is not None:
-            request.acceptance.judged(num_emitted - 1, request.num_drafted)
-        if self.statistics is None or request.slot is None:
-            return
-        if first:
-            self.statistics.learn_prior(request.slot)
-
-    def _draft_request(self, row: int, request: SiriusRequest, text: Any, num_spec_tokens: int) -> DraftRequest | None:
-        last_token_id, num_tokens = int(text[-1]), len(text)
-        if not request.enabled or last_token_id in request.end_token_ids:
-            return None
-        emitted = num_tokens - request.num_prompt_tokens
-        remaining = request.max_tokens - emitted if request.max_tokens is not None else self.max_model_len
-        length = max_useful_draft_tokens(num_spec_tokens, num_tokens - 1, remaining, self.max_model_len)
-        if emitted < request.min_tokens:
-            # Upstream rules the end of the text out for the token after a draft by the length before the draft.
-            length = min(length, request.min_tokens - emitted - 1)
-        if length == 0:
-            return None
-        return DraftRequest(row, last_token_id, num_tokens - 1, length, request.end_token_ids, text)
-
-    def _slots(self, req_ids: list[str]) -> torch.Tensor:
-        assert self.statistics is not None
-        slots = [self._requests[req_id].slot for req_id in req_ids]
-        return torch.tensor([self.statistics.nobody if slot is None else slot for slot in slots])
-
-    def _admit(self, req_id: str, state: Any) -> None:
-        slot = self.statistics.acquire(state.num_computed_tokens) if self.statistics is not None else None
-        acceptance = self.policy.new_request() if self.policy is not None else None
-        self._requests[req_id] = make_request(
-            state.sampling_params, self.config, state.num_prompt_tokens, slot, acceptance
-        )
-
-    def _restart(self, request: SiriusRequest, state: Any) -> None:
-        """A preempted request comes back: all its tokens, generated ones too, are prefilled again."""
-        request.num_known_tokens = state.num_tokens
-        if request.acceptance is not None:
-            request.acceptance.begin()
-        if self.statistics is not None and request.slot is not None:
-            self.statistics.reset(request.slot, state.num_computed_tokens)
-
-    def _forget(self, req_id: str) -> None:
-        slot = self._requests.pop(req_id).slot
-        if self.statistics is not None and slot is not None:
-            self.statistics.release(slot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,17 +29,22 @@ class SiriusRejectionSampler(RejectionSampler):
     Args:
         upstream: The sampler the runner was built with, whose place this one takes.
         speculative_config: The engine's speculative config.
-        thresholds: Takes the number B of rows, returns their likelihood thresholds, ``float32 [B]``.
     """
 
-    def __init__(
-        self, upstream: RejectionSampler, speculative_config: Any, thresholds: Callable[[int], torch.Tensor]
-    ) -> None:
+    def __init__(self, upstream: RejectionSampler, speculative_config: Any) -> None:
         super().__init__(upstream.sampler, speculative_config, torch.device("cpu"))
         self._config: SiriusConfig = speculative_config.sirius
-        self._thresholds = thresholds
+        self._thresholds = torch.empty(0)
         self._seeds: torch.Tensor | None = None
         assert_rule_is_in_force()
+
+    def begin_pass(self, thresholds: torch.Tensor) -> None:
+        """Takes in what the coming batch is judged by.
+
+        Args:
+            thresholds: Likelihood threshold of each row, ``float32 [B]``.
+        """
+        self._thresholds = thresholds
 
     def forward(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
         """As upstream, with `rejection_sample` as the rule."""
@@ -94,11 +99,16 @@ class SiriusRejectionSampler(RejectionSampler):
             accepted = accept_own_choice(draft_token_ids, own)
         else:
             temperature = torch.where(greedy, self._config.threshold_temperature, 1.0)
-            thresholds = self._thresholds(len(num_draft_tokens)).repeat_interleave(counts)
+            thresholds = self._row_thresholds(len(num_draft_tokens)).repeat_interleave(counts)
             accepted = accept_by_threshold(
                 draft_token_ids, own, target_logits, thresholds, temperature.repeat_interleave(counts)
             )
         return emit_tokens(draft_token_ids, own, accepted, counts, bonus_token_ids.view(-1), max_spec_len)
+
+    def _row_thresholds(self, num_rows: int) -> torch.Tensor:
+        """Thresholds of a batch's rows; a profiling run has rows without requests, and their number may be any."""
+        known = self._thresholds[:num_rows]
+        return torch.cat([known, known.new_full((num_rows - len(known),), self._config.threshold)])
 
 
 def _draft_seeds(generators: Mapping[int, torch.Generator], num_draft_tokens: Sequence[int]) -> torch.Tensor:

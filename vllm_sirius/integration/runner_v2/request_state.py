@@ -11,7 +11,7 @@ import torch
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.drafting.device_batch import DraftTable
 from vllm_sirius.integration.draft_room import check_room
-from vllm_sirius.request_options import parse_request_options
+from vllm_sirius.request_rules import RequestRules
 from vllm_sirius.sparsity.observation import ObservedRows
 from vllm_sirius.sparsity.statistics import NeuronStatistics
 
@@ -51,18 +51,9 @@ class SiriusRequestState:
         """
         if self._statistics is not None:
             self._statistics.reset(slot, new_request.num_computed_tokens)
-        sampling = new_request.sampling_params
-        options = parse_request_options(sampling.extra_args, self._config)
-        ends: set[int] = set(sampling.stop_token_ids or ())
-        if sampling.eos_token_id is not None:  # None where the request ignores the end of text
-            ends.add(sampling.eos_token_id)
-        # Every pass emits a token of the target's own after the drafted ones, so the last token is never drafted, nor one
-        # at the last position, which the scheduler does not verify.
-        longest = self._max_model_len()
-        if sampling.max_tokens is not None:
-            longest = min(longest, new_request.prompt_len + sampling.max_tokens)
-        self._last_position[slot] = longest - 2 if options.enabled else -1
-        self.table.admit(slot, int(self._last_position[slot]), ends, options.threshold)
+        rules = RequestRules.read(new_request.sampling_params, new_request.prompt_len, self._config)
+        self._last_position[slot] = rules.last_position(self._max_model_len())
+        self.table.admit(slot, int(self._last_position[slot]), rules.end_token_ids, rules.threshold)
 
     def check_room(self, input_batch: Any, num_steps: int, block_tables: Any) -> None:
         """Refuses drafts that could leave the blocks of their request, by what is known without asking the device.

@@ -1,4 +1,7 @@
-"""What one request may change: `SamplingParams.extra_args`, or ``vllm_xargs`` in the HTTP API. Leaf module."""
+"""What one request may do on either model runner: its own options, where its drafts end and how long they may be. Leaf module.
+
+Options come by `SamplingParams.extra_args`, or ``vllm_xargs`` in the HTTP API.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,86 @@ class RequestOptions:
 
     enabled: bool
     threshold: float
+
+
+@dataclass(frozen=True)
+class RequestRules:
+    """What may be drafted for one request.
+
+    Attributes:
+        enabled: Whether to draft for it at all.
+        threshold: Its likelihood threshold; ignored by a lossless engine.
+        end_token_ids: Tokens that end its text. The draft never proposes one: only the target ends a text.
+        num_prompt_tokens: Length of its prompt.
+        max_tokens: Most tokens it may emit, or ``None``.
+        min_tokens: Tokens it must emit before it may end.
+    """
+
+    enabled: bool
+    threshold: float
+    end_token_ids: frozenset[int]
+    num_prompt_tokens: int
+    max_tokens: int | None
+    min_tokens: int
+
+    @classmethod
+    def read(cls, sampling_params: Any, num_prompt_tokens: int, config: SiriusConfig) -> RequestRules:
+        """Reads the rules out of a request's sampling parameters.
+
+        Args:
+            sampling_params: vLLM's `SamplingParams`, judged when the request arrived.
+            num_prompt_tokens: Length of its prompt.
+            config: The engine's config.
+
+        Returns:
+            The rules.
+        """
+        options = parse_request_options(sampling_params.extra_args, config)
+        ends: set[int] = set(sampling_params.stop_token_ids or ())
+        if sampling_params.eos_token_id is not None:  # None where the request ignores the end of text
+            ends.add(sampling_params.eos_token_id)
+        return cls(
+            enabled=options.enabled,
+            threshold=options.threshold,
+            end_token_ids=frozenset(ends),
+            num_prompt_tokens=num_prompt_tokens,
+            max_tokens=sampling_params.max_tokens,
+            min_tokens=sampling_params.min_tokens,
+        )
+
+    def last_position(self, max_model_len: int) -> int:
+        """Last position at which a draft token may stand; -1 where the request does not draft.
+
+        Every verification pass emits a token of the target's own after the accepted ones, so the last token that a request
+        may still emit is never drafted, nor one at the last position, which the scheduler does not verify.
+
+        Args:
+            max_model_len: Longest text of the engine.
+        """
+        if not self.enabled:
+            return -1
+        longest = max_model_len
+        if self.max_tokens is not None:
+            longest = min(longest, self.num_prompt_tokens + self.max_tokens)
+        return longest - 2
+
+    def most_draft_tokens(self, num_tokens: int, num_speculative_tokens: int, max_model_len: int) -> int:
+        """Draft tokens that can still become part of the text.
+
+        Args:
+            num_tokens: Length of the text.
+            num_speculative_tokens: ``kernel_size - 1``.
+            max_model_len: Longest text of the engine.
+
+        Returns:
+            The limit, zero or more.
+        """
+        most = min(num_speculative_tokens, self.last_position(max_model_len) - (num_tokens - 1))
+        num_emitted = num_tokens - self.num_prompt_tokens
+        if num_emitted < self.min_tokens:
+            # Upstream rules the end of the text out for the token after a draft by the length before the draft.
+            most = min(most, self.min_tokens - num_emitted - 1)
+        return max(0, most)
 
 
 def parse_request_options(extra_args: Mapping[str, Any] | None, config: SiriusConfig) -> RequestOptions:
