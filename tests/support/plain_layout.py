@@ -1,7 +1,7 @@
 """Runs Model Runner V2 on CPU with the GPU's layout: plain weights, shared with the draft, Triton kernels interpreted.
 
 vLLM's CPU build packs the weights of its linear layers when they are loaded. Here those of gated FFNs stay plain, as all do
-on a GPU, so the target is read by `integration.load_plain` and drafts through the Triton kernels.
+on a GPU, so the target is read by `integration.load_target.read_target` and drafts through the Triton kernels.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def draft_report(llm: Any) -> dict[str, Any]:
     """What the drafter of an engine found and keeps."""
     runner = model_runner(llm)
     drafter = runner.speculator if is_v2(runner) else runner.drafter
+    resolved = runner.speculative_config.resolved.config
     return {
         "runner": "v2" if is_v2(runner) else "v1",
         "ffns": [ffn.name for ffn in drafter.ffns.ffns],
@@ -53,7 +54,7 @@ def draft_report(llm: Any) -> dict[str, Any]:
         "row_bytes": drafter.ffns.backend.num_bytes if drafter.ffns.backend is not None else 0,
         "requests": len(runner.req_states.req_id_to_index if is_v2(runner) else drafter.requests),
         "draft_calls": drafter.ffns.num_draft_calls,
-        "draft": (runner.speculative_config.sirius.sparsity, runner.speculative_config.sirius.draft_weights),
+        "draft": (resolved.sparsity, resolved.draft_weights),
     }
 
 
@@ -97,7 +98,7 @@ def make_drafts_pay(llm: Any) -> dict[str, Any]:
         What the options came to.
     """
     runner = model_runner(llm)
-    config = runner.speculative_config.sirius
+    config = runner.speculative_config.resolved.config
     if not is_v2(runner):
         fix_costs(llm, 0.2)
         if runner.drafter.lookup is not None:

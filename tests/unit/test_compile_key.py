@@ -1,28 +1,21 @@
 """The key by which vLLM keeps compiled graphs: another one for each graph, the same where only running differs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.integration.speculative_config import (
-    SiriusSpeculativeConfig,
-    draft_masked,
-    record_draft_kernels,
-    record_target_kernels,
-    resolve_draft,
-)
+from vllm_sirius.integration.speculative_config import ResolvedDraft, SiriusSpeculativeConfig, settle
 
 
 def key(options, copies=True, native=True, panels=False):
     """The key of an engine that is loaded."""
     given = SiriusConfig.from_options(options)
     vllm_config = SimpleNamespace(speculative_config=SiriusSpeculativeConfig(sirius=given))
-    resolve_draft(vllm_config, copies)
-    record_target_kernels(vllm_config, panels)
-    if not native:
-        draft_masked(vllm_config, given)
-    record_draft_kernels(vllm_config, native)
+    decided = given.resolved(copies and native)
+    config = replace(decided, target_kernels="sirius" if panels else "vllm")
+    settle(vllm_config, ResolvedDraft(config, native))
     return vllm_config.speculative_config.compute_hash()
 
 

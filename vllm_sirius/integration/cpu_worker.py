@@ -12,6 +12,7 @@ from vllm_sirius.integration.hook_engine import install
 from vllm_sirius.integration.installed_hooks import worker_hooks
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
 from vllm_sirius.integration.measure_costs import announce, costs_of_worker
+from vllm_sirius.integration.speculative_config import resolved_config
 
 
 class SiriusCPUWorker(cpu_worker.CPUWorker):
@@ -31,7 +32,7 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         """As upstream; then measures the costs that adaptive lengths and prompt lookup are judged by."""
         times = super().compile_or_warm_up_model()
-        config = self.vllm_config.speculative_config.sirius
+        config = resolved_config(self.vllm_config.speculative_config)
         if (config.adaptive or config.prompt_lookup_tokens) and not self.use_v2_model_runner:
             started = time.perf_counter()
             costs = self.model_runner.measure_costs()

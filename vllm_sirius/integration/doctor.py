@@ -24,6 +24,7 @@ from vllm_sirius.draft.locate import GatedFFN
 from vllm_sirius.errors import ModelError, SiriusError, one_line
 from vllm_sirius.integration.draft_plan import DraftPlan, choose_packed_kernels, plan_draft, why_no_kernel
 from vllm_sirius.integration.speculative_config import METHOD
+from vllm_sirius.integration.weight_readers import PackedReader, PlainReader
 from vllm_sirius.kernels.native import KernelChoice, choose_kernels
 
 
@@ -71,7 +72,9 @@ def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]
         try:
             with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
                 built = initialize_model(vllm_config=vllm_config)
-            return plan_draft(vllm_config, built, _choose_kernels, packed=current_platform.is_cpu())
+            return plan_draft(
+                vllm_config, built, _choose_kernels, PackedReader() if current_platform.is_cpu() else PlainReader()
+            )
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()

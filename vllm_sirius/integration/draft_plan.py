@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.draft.backends import Backend
@@ -15,10 +14,13 @@ from vllm_sirius.draft.locate import GatedFFN
 from vllm_sirius.draft.low_bit_linears import LowBitLinears
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.integration.model_parts import ModelParts, find_parts, step_bytes
-from vllm_sirius.integration.speculative_config import resolve_draft
+from vllm_sirius.integration.target_linears import choose_target_kernels
+from vllm_sirius.integration.weight_readers import check_readable
 from vllm_sirius.kernels.native import KernelChoice, choose_kernels
+from vllm_sirius.target.choice import TargetKernels
 from vllm_sirius.weights.low_bit import LowBitRows
 from vllm_sirius.weights.low_bit_panels import LowBitPanels
+from vllm_sirius.weights.reader import WeightReader
 from vllm_sirius.weights.rows import rows_read
 
 
@@ -49,6 +51,7 @@ class DraftPlan:
         parts: Parts of the model.
         config: The options, with ``auto`` decided.
         kernels: What will compute the reduced FFNs.
+        target_kernels: What will run the target's own linear layers.
         copies: Whether drafts read weights of their own, not the target's.
         step_bytes: Weight bytes that a dense decoding step reads.
         ffn_bytes: Part of them that belongs to the gated FFNs.
@@ -60,12 +63,24 @@ class DraftPlan:
     parts: ModelParts
     config: SiriusConfig
     kernels: KernelChoice
+    target_kernels: TargetKernels
     copies: bool
     step_bytes: int
     ffn_bytes: int
     element_size: int
     linears: list[CopiedLinear]
     head: CopiedLinear | None
+
+    def masked(self, given: SiriusConfig, reason: str) -> DraftPlan:
+        """The plan where drafts turn out to run masked on the target's own weights.
+
+        Args:
+            given: The options as the user gave them, none of which needs copies.
+            reason: Why.
+        """
+        decided = given.resolved(copies=False)
+        config = replace(self.config, sparsity=decided.sparsity, draft_weights=decided.draft_weights)
+        return replace(self, config=config, kernels=KernelChoice(False, reason), copies=False, linears=[], head=None)
 
     @property
     def ffns(self) -> list[GatedFFN]:
@@ -137,15 +152,15 @@ def _ffn_bytes(ffn: GatedFFN, config: SiriusConfig, element_size: int, density: 
 
 
 def plan_draft(
-    vllm_config: Any, model: nn.Module, choose: Callable[[Any, list[GatedFFN]], KernelChoice], packed: bool
+    vllm_config: Any, model: nn.Module, choose: Callable[[Any, list[GatedFFN]], KernelChoice], reader: WeightReader
 ) -> DraftPlan:
     """Decides what drafts of a model read, or refuses the model.
 
     Args:
-        vllm_config: The engine's config; its options are decided for good.
+        vllm_config: The engine's config.
         model: The model, with its weights in their plain shapes; meta tensors will do.
         choose: Chooses what computes the reduced FFNs.
-        packed: Whether the target's weights are packed once they are loaded, so that drafts need weights of their own.
+        reader: Reads the model's weights.
 
     Returns:
         The plan.
@@ -156,23 +171,28 @@ def plan_draft(
     parts = find_parts(model)
     for ffn in parts.ffns:
         for layer in (ffn.gate_up, ffn.down):
-            check_plain(layer, ffn.name)
+            check_readable(reader, layer, ffn.name)
     kernels = choose(vllm_config, parts.ffns)
-    copies = packed and kernels.native
-    config = resolve_draft(vllm_config, copies)
+    copies = reader.packs and kernels.native
+    given: SiriusConfig = vllm_config.speculative_config.sirius
+    config = given.resolved(copies)
     check_activations(config, parts.ffns)
-    _check_low_bit(config, kernels)
+    _check_low_bit(config, kernels, reader)
+    target_kernels = _choose_target_kernels(vllm_config, config, reader)
     copied: dict[str, nn.Module] = {}
     head: CopiedLinear | None = None
     if config.draft_bits is not None and config.draft_weights_scope == "all":
         copied = parts.linears
         if parts.head is not None:
             head = _copied_linear("lm_head", parts.head)
+    for name, layer in copied.items():
+        check_readable(reader, layer, name)
     size = int(parts.ffns[0].gate_up.weight.element_size())  # type: ignore[operator]
     return DraftPlan(
         parts,
-        config,
+        replace(config, target_kernels="sirius" if target_kernels.panels else "vllm"),
         kernels,
+        target_kernels,
         copies,
         step_bytes(model, parts.head),
         size * sum(ffn.num_parameters for ffn in parts.ffns),
@@ -182,27 +202,17 @@ def plan_draft(
     )
 
 
-def check_plain(layer: Any, name: str) -> None:
-    """Refuses a linear layer whose weight is not a plain matrix.
-
-    Args:
-        layer: The layer.
-        name: Its path, or that of the FFN around it.
-
-    Raises:
-        SiriusUnsupportedError: If its rows cannot be read.
-    """
-    method: Any = getattr(layer, "quant_method", None)
-    if not isinstance(method, UnquantizedLinearMethod):
+def _choose_target_kernels(vllm_config: Any, config: SiriusConfig, reader: WeightReader) -> TargetKernels:
+    if reader.packs:
+        return choose_target_kernels(vllm_config, config)
+    if config.target_kernels == "sirius":
         raise SiriusUnsupportedError(
-            f"{name!r} stores its weights by {type(method).__name__}, whose rows cannot be read yet: serve the unquantised "
-            "checkpoint."
+            "target_kernels='sirius' is for CPU: use 'auto' or 'vllm', which are the same here."
         )
+    return TargetKernels(False, "Sirius has none for this device")
 
 
 def _copied_linear(name: str, layer: Any) -> CopiedLinear:
-    if isinstance(layer, LinearBase):
-        check_plain(layer, name)
     weight = layer.weight
     num_outputs, width = weight.shape
     return CopiedLinear(
@@ -229,8 +239,14 @@ def check_activations(config: SiriusConfig, ffns: list[GatedFFN]) -> None:
         )
 
 
-def _check_low_bit(config: SiriusConfig, kernels: KernelChoice) -> None:
-    if config.draft_bits is not None and not kernels.native:
+def _check_low_bit(config: SiriusConfig, kernels: KernelChoice, reader: WeightReader) -> None:
+    if config.draft_bits is None:
+        return
+    if not reader.packs:
+        raise SiriusUnsupportedError(
+            f"draft_weights={config.draft_weights!r} is for CPU so far: use draft_weights='shared', which costs no memory here."
+        )
+    if not kernels.native:
         raise SiriusUnsupportedError(
             f"draft_weights={config.draft_weights!r} needs the compiled kernels, which cannot be used here "
             f"({kernels.reason}): use draft_weights='shared'."

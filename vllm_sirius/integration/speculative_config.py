@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import vllm.envs as envs
@@ -23,20 +23,33 @@ METHOD: Literal["sirius"] = "sirius"
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
+@dataclass(frozen=True)
+class ResolvedDraft:
+    """What the options of an engine came to when its target was loaded.
+
+    Attributes:
+        config: The options, with ``auto`` decided.
+        native: Whether drafts run on native kernels.
+    """
+
+    config: SiriusConfig
+    native: bool
+
+
 @config
 class SiriusSpeculativeConfig(SpeculativeConfig):
     """A speculative config whose draft is the target itself.
 
     Attributes:
-        sirius: The options.
+        sirius: The options, as the user gave them.
         adaptive_lengths: Draft lengths from which the scheduler chooses one for each batch, or ``None`` if it does not.
-        native: Whether drafts run on native kernels, or ``None`` before the model is loaded.
+        resolved: What the options came to, or ``None`` before the target is loaded.
     """
 
     method: Literal["sirius"] | None = "sirius"
     sirius: SkipValidation[SiriusConfig] = None  # type: ignore[assignment]
     adaptive_lengths: SkipValidation[tuple[int, ...] | None] = None
-    native: bool | None = None
+    resolved: SkipValidation[ResolvedDraft | None] = None
 
     def __post_init__(self) -> None:
         """Fills in what upstream would read from a draft model; the parent's version would load one."""
@@ -54,9 +67,9 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         layers of a draft are copies follows from the weights and their scope, which is without effect where nothing is
         copied. All other options are read while the operators run.
         """
-        config = self.sirius
+        config, native = (self.sirius, None) if self.resolved is None else (self.resolved.config, self.resolved.native)
         scope = None if config.draft_weights == "shared" else config.draft_weights_scope
-        graph = (METHOD, __version__, config.sparsity, config.draft_weights, scope, config.target_kernels, self.native)
+        graph = (METHOD, __version__, config.sparsity, config.draft_weights, scope, config.target_kernels, native)
         return hashlib.sha256(repr(graph).encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -64,53 +77,27 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         return f"SiriusSpeculativeConfig({self.sirius})"
 
 
-def resolve_draft(vllm_config: Any, copies: bool) -> SiriusConfig:
-    """Decides what ``auto`` means for sparsity and draft weights, for everything that reads the config from now on.
+def settle(vllm_config: Any, resolved: ResolvedDraft) -> None:
+    """Writes down what the options came to, once the target is loaded and for all that reads the config from then on.
 
     Args:
         vllm_config: The config of a worker of Sirius.
-        copies: Whether drafts read weights of their own.
-
-    Returns:
-        The options.
+        resolved: What they came to. It does not change any more.
     """
     speculative = vllm_config.speculative_config
-    speculative.sirius = speculative.sirius.resolved(copies)
-    resolved: SiriusConfig = speculative.sirius
-    return resolved
+    assert speculative.resolved in (None, resolved), "the options were decided before, in another way"
+    speculative.resolved = resolved
 
 
-def draft_masked(vllm_config: Any, given: SiriusConfig) -> None:
-    """Takes back what `resolve_draft` decided: drafts turn out to run masked on the target's own weights.
-
-    Args:
-        vllm_config: The config of a worker of Sirius.
-        given: The options as the user gave them, none of which needs copies.
-    """
-    decided = given.resolved(copies=False)
-    speculative = vllm_config.speculative_config
-    speculative.sirius = replace(speculative.sirius, sparsity=decided.sparsity, draft_weights=decided.draft_weights)
-
-
-def record_target_kernels(vllm_config: Any, panels: bool) -> None:
-    """Writes down what ``target_kernels`` came to, because compiled code is kept by the config and differs with it.
+def resolved_config(speculative_config: Any) -> SiriusConfig:
+    """The options of an engine whose target is loaded, with ``auto`` decided.
 
     Args:
-        vllm_config: The engine's config.
-        panels: Whether Sirius's kernel runs the target's linear layers.
+        speculative_config: A speculative config of Sirius.
     """
-    speculative = vllm_config.speculative_config
-    speculative.sirius = replace(speculative.sirius, target_kernels="sirius" if panels else "vllm")
-
-
-def record_draft_kernels(vllm_config: Any, native: bool) -> None:
-    """Writes down what drafts run on, for the same reason.
-
-    Args:
-        vllm_config: The engine's config.
-        native: Whether drafts run on native kernels.
-    """
-    vllm_config.speculative_config.native = native
+    resolved: ResolvedDraft | None = speculative_config.resolved
+    assert resolved is not None, "the target is not loaded yet"
+    return resolved.config
 
 
 def create(
@@ -184,7 +171,7 @@ def _schedule(options: dict[str, Any], config: SiriusConfig) -> list[tuple[int, 
 
 
 def sirius_config(speculative_config: SpeculativeConfig | None) -> SiriusConfig | None:
-    """The options of a speculative config, or ``None`` if its method is another one."""
+    """The options of a speculative config as the user gave them, or ``None`` if its method is another one."""
     if isinstance(speculative_config, SiriusSpeculativeConfig):
         return speculative_config.sirius
     return None

@@ -22,19 +22,15 @@ from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.draft_plan import DraftPlan
 from vllm_sirius.integration.graph_operators import register_switch
 from vllm_sirius.integration.reload import TargetReload
-from vllm_sirius.integration.speculative_config import draft_masked, record_draft_kernels, sirius_config
-from vllm_sirius.kernels.native import KernelChoice
+from vllm_sirius.integration.speculative_config import ResolvedDraft, resolved_config, settle
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.selector import NeuronSelector
 from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObserveKernel
-from vllm_sirius.target.choice import TargetKernels
 
 logger = init_logger("vllm.sirius")
 
 MAX_PENDING_ROWS = 512
 """Rows of verification passes whose activations wait for acceptance; bounds the memory at large batches."""
-
-UPSTREAM_KERNELS = TargetKernels(False, "Sirius has none for this device")
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,11 @@ class LoadedTarget:
 
     Attributes:
         model: The loaded model.
-        plan: Its parts, and what was to be copied.
+        plan: Its parts, and what drafts read of them.
         neuron_norms: ``||down_j||**2`` of every neuron of every layer, one after the other, ``float32``.
         backend: Kernels bound to the weights, or ``None`` where no native kernel can be used.
-        kernels: What computes the reduced FFNs, for the start-up line.
         reload: Makes what was derived from the weights again when they change.
         linears: Further layers that drafts run on quantised copies.
-        target_kernels: What runs the target's own linear layers.
         observe: Kernel that feeds the statistics inside captured graphs, or ``None`` where there are none.
     """
 
@@ -57,11 +51,9 @@ class LoadedTarget:
     plan: DraftPlan
     neuron_norms: torch.Tensor
     backend: Backend | None
-    kernels: KernelChoice
     reload: TargetReload
     observe: ObserveKernel | None = None
     linears: LowBitLinears | None = None
-    target_kernels: TargetKernels = UPSTREAM_KERNELS
 
     @property
     def ffns(self) -> list[GatedFFN]:
@@ -69,21 +61,27 @@ class LoadedTarget:
         return self.plan.ffns
 
 
-def with_true_kernels(target: LoadedTarget, vllm_config: Any, given: SiriusConfig) -> LoadedTarget:
-    """Takes a target's kernels away if its FFNs compute more than they do; drafts are then masked.
+def settle_target(target: LoadedTarget, vllm_config: Any) -> LoadedTarget:
+    """Decides for good what a freshly loaded target's drafts run on, and writes it into the engine's config.
 
     Args:
-        target: The freshly loaded target, without the switch.
-        vllm_config: The engine's config, whose options are changed where the plugin had chosen them.
-        given: The options as the user gave them.
+        target: The target, without the switch.
+        vllm_config: The engine's config.
 
     Returns:
-        The target.
+        The target, without kernels if its FFNs compute more than these do.
 
     Raises:
         SiriusUnsupportedError: If the options given need the kernels.
     """
-    config, device = vllm_config.speculative_config.sirius, target.neuron_norms.device
+    target = _with_true_kernels(target, vllm_config)
+    settle(vllm_config, ResolvedDraft(target.plan.config, target.backend is not None))
+    return target
+
+
+def _with_true_kernels(target: LoadedTarget, vllm_config: Any) -> LoadedTarget:
+    given: SiriusConfig = vllm_config.speculative_config.sirius
+    config, device = target.plan.config, target.neuron_norms.device
     if target.backend is None or backend_reproduces_ffns(
         target.ffns, target.backend, vllm_config.model_config.dtype, device
     ):
@@ -94,10 +92,9 @@ def with_true_kernels(target: LoadedTarget, vllm_config: Any, given: SiriusConfi
             f"draft_weights={config.draft_weights!r}: the FFNs of this model compute more than gate, up and down, which the "
             "kernels do not know: use draft_weights='shared'."
         )
-    draft_masked(vllm_config, given)
     target.reload.drop_copies()
-    kernels = KernelChoice(False, "the model's FFNs compute more than gate, up and down")
-    return replace(target, backend=None, linears=None, kernels=kernels)
+    plan = target.plan.masked(given, "the model's FFNs compute more than gate, up and down")
+    return replace(target, plan=plan, backend=None, linears=None)
 
 
 def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs, NeuronSelector | None]:
@@ -110,8 +107,7 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
     Returns:
         The switch, and what chooses the neurons with coarse sparsity.
     """
-    config = sirius_config(vllm_config.speculative_config)
-    assert config is not None
+    config = resolved_config(vllm_config.speculative_config)
     sizes = [ffn.num_neurons for ffn in target.ffns]
     device = target.neuron_norms.device
     selection = statistics = selector = None
@@ -139,7 +135,6 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
     switch = KernelSwitch(learns)
     ffns = ReducedFFNs(target.ffns, density, selection, statistics, target.backend, target.linears, switch)
     ffns.install()
-    record_draft_kernels(vllm_config, target.backend is not None)
     register_switch(vllm_config, ffns)
     return ffns, selector
 
@@ -159,8 +154,7 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     Raises:
         SiriusIntegrationError: If the draft turns out not to be reduced.
     """
-    config = sirius_config(vllm_config.speculative_config)
-    assert config is not None
+    config = resolved_config(vllm_config.speculative_config)
     dtype = vllm_config.model_config.dtype
     predicted_cost = target.plan.counted_density(ffns.backend, ffns.linears)
     draft = DraftModel(target.model, ffns, vllm_config, predicted_cost)
@@ -173,8 +167,8 @@ def make_draft(target: LoadedTarget, ffns: ReducedFFNs, vllm_config: Any, device
     _announce(config, adaptive, target, ffns, difference)
     logger.info(
         "Sirius: the target's linear layers run on %s (%s)",
-        "Sirius's kernel" if target.target_kernels.panels else "vLLM's kernels",
-        target.target_kernels.reason,
+        "Sirius's kernel" if target.plan.target_kernels.panels else "vLLM's kernels",
+        target.plan.target_kernels.reason,
     )
     return draft
 
@@ -187,7 +181,7 @@ def _announce(config: SiriusConfig, adaptive: bool, target: LoadedTarget, ffns: 
     if config.draft_bits is not None:
         what += f", {config.draft_weights} {config.draft_weights_scope}"
     preset = "" if config.preset is None else f"preset {config.preset}, "
-    plan, kernels = target.plan, target.kernels
+    plan, kernels = target.plan, target.plan.kernels
     kept = plan.counted_density(ffns.backend, ffns.linears)
     logger.info(
         "Sirius: %d gated FFNs of %d neurons, %s | %skernel size %d%s, %s | extra memory %.1f MiB | FFN is "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.errors import SiriusUnsupportedError
@@ -78,3 +79,31 @@ def use_panels(layer: Any, keep_weight: bool = False) -> None:
         return panel_linear(inputs, weights, num_outputs, bias)
 
     layer.cpu_linear = linear
+
+
+def use_head_panels(head: Any, panels: bool) -> None:
+    """Gives an lm_head the panel kernel. It keeps its plain weight, as upstream has it: the embedding may read it too.
+
+    Args:
+        head: What the logits are computed from, or ``None``.
+        panels: Whether the target runs on panels.
+    """
+    if panels and _is_plain_head(head):
+        use_panels(head, keep_weight=True)
+
+
+def refresh_head(head: Any, panels: bool) -> None:
+    """Packs an lm_head anew. Upstream forgets one that is tied to an embedding: no weight is loaded into it itself.
+
+    Args:
+        head: As in `use_head_panels`.
+        panels: As in `use_head_panels`.
+    """
+    if panels:
+        use_head_panels(head, panels)
+    elif _is_plain_head(head):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _is_plain_head(head: Any) -> bool:
+    return isinstance(head, VocabParallelEmbedding) and isinstance(head.quant_method, UnquantizedEmbeddingMethod)

@@ -9,7 +9,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.kv_groups import require_attention
-from vllm_sirius.integration.load_packed import load_target
+from vllm_sirius.integration.load_target import load_target
 from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.runner_v1.attention import is_repeatable, make_repeatable
@@ -17,7 +17,7 @@ from vllm_sirius.integration.runner_v1.draft_forward import DraftForward
 from vllm_sirius.integration.runner_v1.proposer import SiriusProposer, VerifiedStep
 from vllm_sirius.integration.runner_v1.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.runner_v1.seeded_draws import place_generators
-from vllm_sirius.integration.speculative_config import METHOD, sirius_config
+from vllm_sirius.integration.speculative_config import METHOD, resolved_config, sirius_config
 from vllm_sirius.integration.target import make_draft
 from vllm_sirius.pacing.costs import StepCosts
 
@@ -76,7 +76,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
     def initialize_metadata_builders(self, kv_cache_config: Any, kernel_block_sizes: list[int]) -> None:
         """As upstream; then, where all else is repeatable, attention no longer depends on what a token shares its pass with."""
         super().initialize_metadata_builders(kv_cache_config, kernel_block_sizes)
-        if is_repeatable(self.vllm_config.speculative_config.sirius):
+        if is_repeatable(resolved_config(self.vllm_config.speculative_config)):
             make_repeatable(self.attn_groups)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:

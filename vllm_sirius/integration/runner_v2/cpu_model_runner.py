@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
-from vllm_sirius.integration.load_packed import load_target
+from vllm_sirius.integration.load_target import load_target
 
 
 class SiriusCPUModelRunnerV2(CPUModelRunner):

@@ -25,7 +25,7 @@ from vllm_sirius.draft.layer import ReducedFFNs
 from vllm_sirius.drafting.device_batch import DraftBatch, DraftTable
 from vllm_sirius.integration.draft_model import DraftModel
 from vllm_sirius.integration.kv_groups import require_attention
-from vllm_sirius.integration.load_plain import read_target
+from vllm_sirius.integration.load_target import read_target
 from vllm_sirius.integration.lookahead import assert_lookahead_reserved
 from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.reload import TargetReload

@@ -1,0 +1,190 @@
+"""What a draft derives from the target's weights: norms of neurons, and quantised or plain copies where it reads its own.
+
+Weights are shown one by one, in any order. When they are loaded again, copies are overwritten in place, where kernels and
+compiled code already read them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_sirius.config import SiriusConfig
+from vllm_sirius.draft.backends import Backend, CoarseRowsBackend, FineRowsBackend, LowBitPanelsBackend
+from vllm_sirius.draft.locate import GatedFFN
+from vllm_sirius.draft.low_bit_linears import LowBitLinears, LowBitWeight, quantise_linear
+from vllm_sirius.weights.low_bit import LowBitRows
+from vllm_sirius.weights.low_bit_panels import LowBitPanels, interleave
+from vllm_sirius.weights.rows import by_neuron, empty_rows, gate_up_rows, gates_first, neuron_norms
+
+
+class FFNCopy:
+    """What the draft needs of one FFN: the neurons' norms, and their rows or panels if it reads its own.
+
+    Args:
+        ffn: The FFN.
+        norms: Receives ``||down_j||**2`` of its neurons, ``float32 [neurons]``.
+        config: The options, with ``auto`` decided.
+        wanted: Whether rows or panels are copied.
+
+    Attributes:
+        rows: The copy by neuron, where that is what the kernels read.
+        panels: The copies of the two projections, where the kernels read those.
+        num_read: Weights shown so far.
+    """
+
+    def __init__(self, ffn: GatedFFN, norms: torch.Tensor, config: SiriusConfig, wanted: bool) -> None:
+        self.rows: torch.Tensor | LowBitRows | None = None
+        self.panels: dict[str, torch.Tensor | LowBitPanels] = {}
+        self.num_read = 0
+        self._ffn = ffn
+        self._norms = norms
+        self._bits = config.draft_bits
+        self._wanted = wanted
+        self._in_panels = self._bits == 4 and config.sparsity == "none"
+        layout = gates_first if config.sparsity == "fine" else by_neuron
+        self._place = layout(ffn.num_neurons, ffn.hidden_size)
+
+    def read_gate_up(self, weight: torch.Tensor) -> None:
+        """Is shown the merged projection, ``[2 * neurons, hidden]``."""
+        self.num_read += 1
+        if self._wanted and self._in_panels:
+            self._read_gate_up_panels(weight)
+        elif self._wanted:
+            self._fill(gate_up_rows(self._place, weight, self._ffn.gate_first), weight)
+
+    def read_down(self, weight: torch.Tensor) -> None:
+        """Is shown the down projection, ``[hidden, neurons]``."""
+        self.num_read += 1
+        self._norms.copy_(neuron_norms(weight))
+        if self._wanted and self._in_panels:
+            known, rounded = self.panels.get("down"), LowBitPanels.quantise(weight)
+            if isinstance(known, LowBitPanels):
+                known.take(rounded)
+            else:
+                self.panels["down"] = rounded
+        elif self._wanted:
+            self._fill([(self._place.down, weight.t())], weight)
+
+    def drop(self) -> None:
+        """Frees the copies; norms are measured all the same."""
+        self.rows = None
+        self.panels.clear()
+        self._wanted = False
+
+    def _fill(self, found: Sequence[tuple[Any, torch.Tensor]], weight: torch.Tensor) -> None:
+        if self.rows is None:
+            bits, place = self._bits, self._place
+            self.rows = empty_rows(place, weight) if bits is None else LowBitRows.empty(bits, place.shape)
+        for where, values in found:
+            if isinstance(self.rows, LowBitRows):
+                self.rows.fill(where, values)
+            else:
+                self.rows[where] = values
+
+    def _read_gate_up_panels(self, weight: torch.Tensor) -> None:
+        first, second = (LowBitPanels.quantise(half) for half in weight.split(self._ffn.num_neurons))
+        together = interleave(first, second) if self._ffn.gate_first else interleave(second, first)
+        known = self.panels.get("gate_up")
+        if isinstance(known, torch.Tensor):
+            known.copy_(together)
+        else:
+            self.panels["gate_up"] = together
+
+
+class DraftCopies:
+    """What drafts of one model derive from its weights.
+
+    Args:
+        ffns: Its gated FFNs.
+        config: The options, with ``auto`` decided.
+        wanted: Whether drafts read copies; otherwise only norms are measured.
+        head: The lm_head, if it is copied as well.
+
+    Attributes:
+        ffns: What is kept of each FFN.
+        neuron_norms: ``||down_j||**2`` of every neuron of every layer, ``float32``.
+        seconds: What reading has taken since `begin`.
+    """
+
+    def __init__(self, ffns: Sequence[GatedFFN], config: SiriusConfig, wanted: bool, head: nn.Module | None) -> None:
+        sizes = [ffn.num_neurons for ffn in ffns]
+        weight: Any = ffns[0].down.weight
+        # By name, because models are built with their own dtype as the default one.
+        self.neuron_norms = torch.zeros(sum(sizes), dtype=torch.float32, device=weight.device)
+        self.seconds = 0.0
+        self._gated_ffns = ffns
+        self._config = config
+        self._wanted = wanted
+        self._head = head
+        self._head_copy: LowBitWeight | None = None
+        self._linears: dict[nn.Module, LowBitWeight] = {}
+        norms = self.neuron_norms.split(sizes)
+        self.ffns = [FFNCopy(ffn, part, config, wanted) for ffn, part in zip(ffns, norms, strict=True)]
+
+    def begin(self) -> None:
+        """Before weights are loaded."""
+        self.seconds = 0.0
+
+    def read_linear(self, layer: nn.Module, weight: torch.Tensor) -> None:
+        """Is shown the weight of a further linear layer, which drafts run on a quantised copy.
+
+        Args:
+            layer: The layer.
+            weight: ``[outputs, inputs]``.
+        """
+        if self._wanted:
+            self._linears[layer] = self._kept(self._linears.get(layer), weight)
+
+    def read_head(self) -> None:
+        """Copies the lm_head, whose plain weight stays readable."""
+        if self._wanted and self._head is not None:
+            started = time.perf_counter()
+            weight: Any = self._head.weight
+            self._head_copy = self._kept(self._head_copy, weight.data)
+            self.seconds += time.perf_counter() - started
+
+    def drop(self) -> None:
+        """Frees the copies; norms are measured all the same."""
+        self._linears.clear()
+        self._head = self._head_copy = None
+        self._wanted = False
+        for ffn in self.ffns:
+            ffn.drop()
+
+    def backend(self) -> Backend:
+        """Kernels bound to the copies of the FFNs."""
+        if self.ffns[0].panels:
+            pairs: Any = [(ffn.panels["gate_up"], ffn.panels["down"]) for ffn in self.ffns]
+            return LowBitPanelsBackend(self._gated_ffns, pairs)
+        rows = [ffn.rows for ffn in self.ffns if ffn.rows is not None]
+        fine = self._config.sparsity == "fine"
+        return FineRowsBackend(self._gated_ffns, rows) if fine else CoarseRowsBackend(self._gated_ffns, rows)
+
+    def linears(self) -> LowBitLinears | None:
+        """The copies of further layers, if there are any."""
+        head = None
+        if self._head is not None and self._head_copy is not None:
+            head = (self._head, self._head_copy)
+        return LowBitLinears(self._linears, head) if self._linears or head is not None else None
+
+    @property
+    def num_copied(self) -> int:
+        """Layers of which copies are made."""
+        ffns = 2 * sum(ffn.rows is not None or bool(ffn.panels) for ffn in self.ffns)
+        return ffns + len(self._linears) + (self._head_copy is not None)
+
+    def _kept(self, known: Any, weight: torch.Tensor) -> LowBitWeight:
+        """The copy that kernels already read, overwritten, or the first one."""
+        bits = self._config.draft_bits
+        assert bits is not None
+        rounded = quantise_linear(weight, bits)
+        if known is None:
+            return rounded
+        known.take(rounded)
+        kept: LowBitWeight = known
+        return kept
