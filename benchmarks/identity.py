@@ -26,6 +26,7 @@ from benchmarks.errors import BenchmarkError, exit_status
 from vllm_sirius.config import MAX_KERNEL_SIZE
 from vllm_sirius.measuring.engine import Engine, EngineError
 from vllm_sirius.measuring.prompts import tokenize
+from vllm_sirius.measuring.side_by_side import engine_options, rounded_length
 
 MODES = ("eager", "compiled")
 SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "seeded": {"temperature": 0.8}}
@@ -161,15 +162,16 @@ def engine_options(given: argparse.Namespace, longest: int, mode: str) -> dict[s
         The arguments.
     """
     room = longest + given.max_tokens + MAX_KERNEL_SIZE
-    return {
-        "model": given.model,
-        "dtype": given.dtype,
-        "max_model_len": -(-room // setting.POSITIONS) * setting.POSITIONS,
-        "max_num_seqs": max(given.batch),
-        "kv_cache_memory_bytes": given.kv_cache_memory_bytes,
-        "disable_log_stats": False,
-        "enforce_eager": mode == "eager",
-    }
+    return engine_options(
+        given.model,
+        given.dtype,
+        rounded_length(room),
+        max(given.batch),
+        given.kv_cache_memory_bytes,
+        enforce_eager=mode == "eager",
+        # Answers must be the same whether their prompts are cached or not.
+        enable_prefix_caching=True,
+    )
 
 
 def answer(

@@ -18,7 +18,7 @@ from benchmarks.commands import CommandError
 from benchmarks.configurations import Configuration
 from benchmarks.errors import exit_status
 from benchmarks.results import Record
-from benchmarks.setting import Setting
+from benchmarks.setting import BenchmarkSetting
 
 TASK = "random"
 
@@ -50,7 +50,7 @@ def as_record(report: dict[str, Any], arm: str, batch: int, repeat: int, output_
     )
 
 
-def measure(what: Setting, arm: Configuration, batch: int, given: argparse.Namespace) -> dict[str, Any]:
+def measure(what: BenchmarkSetting, arm: Configuration, batch: int, given: argparse.Namespace) -> dict[str, Any]:
     """Runs the command once.
 
     Args:

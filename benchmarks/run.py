@@ -20,14 +20,11 @@ from benchmarks.configurations import Configuration
 from benchmarks.errors import exit_status
 from benchmarks.prompts import WARM_UP_QUESTION, Prompt
 from benchmarks.results import Record, Result
-from benchmarks.setting import Setting
+from benchmarks.setting import BenchmarkSetting
 from vllm_sirius.measuring import memory
 from vllm_sirius.measuring.engine import Answers, Engine, EngineError
 from vllm_sirius.measuring.prompts import tokenize
-
-WARM_UP_TOKENS = 32
-PAUSE_SECONDS = 0.3
-"""Between two turns: OpenMP threads of the engine that ran last keep a core busy for up to 0.2 s."""
+from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS, WARM_UP_TOKENS
 
 Scorer = Callable[[Sequence[Prompt], Answers], list[bool]]
 
@@ -37,7 +34,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def plan_groups(what: Setting, arms: Sequence[Configuration]) -> list[list[Configuration]]:
+def plan_groups(what: BenchmarkSetting, arms: Sequence[Configuration]) -> list[list[Configuration]]:
     """Divides the arms into groups whose engines fit into memory side by side.
 
     Args:
@@ -71,7 +68,7 @@ def plan_groups(what: Setting, arms: Sequence[Configuration]) -> list[list[Confi
 
 
 def start_engines(
-    what: Setting, group: Sequence[Configuration], result: Result, costs: bool, stack: ExitStack
+    what: BenchmarkSetting, group: Sequence[Configuration], result: Result, costs: bool, stack: ExitStack
 ) -> dict[str, Engine]:
     """Starts the engines of a group and warms each up with one prompt, then with the largest batch.
 
@@ -134,7 +131,9 @@ def describe(arm: Configuration, engine: Engine, costs: bool) -> dict[str, Any]:
     return report
 
 
-def measure(what: Setting, group: int, engines: dict[str, Engine], result: Result, score: Scorer | None) -> None:
+def measure(
+    what: BenchmarkSetting, group: int, engines: dict[str, Engine], result: Result, score: Scorer | None
+) -> None:
     """Lets every engine of a group answer every batch, and writes the results after each round.
 
     Args:

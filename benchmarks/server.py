@@ -28,7 +28,7 @@ from benchmarks.configurations import Configuration
 from benchmarks.errors import BenchmarkError, exit_status
 from benchmarks.prompts import Prompt
 from benchmarks.results import Record
-from benchmarks.setting import Setting
+from benchmarks.setting import BenchmarkSetting
 
 START_SECONDS = 900
 STOP_SECONDS = 60
@@ -109,7 +109,7 @@ def as_record(report: dict[str, Any], arm: str, task: str, batch: int, repeat: i
 
 
 @contextlib.contextmanager
-def server(what: Setting, arm: Configuration, log: Path) -> Iterator[str]:
+def server(what: BenchmarkSetting, arm: Configuration, log: Path) -> Iterator[str]:
     """Runs `vllm serve` on a free port of the loopback interface while the block lasts.
 
     Args:
@@ -157,7 +157,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
     raise CommandError(f"vllm serve gave no answer within {START_SECONDS} s; its log is {log}")
 
 
-def ask(what: Setting, url: str, task: str, batch: int, chat: bool, log: Path) -> dict[str, Any]:
+def ask(what: BenchmarkSetting, url: str, task: str, batch: int, chat: bool, log: Path) -> dict[str, Any]:
     """Runs `vllm bench serve` with the prompts of a task.
 
     Args:
@@ -235,7 +235,7 @@ def run(given: argparse.Namespace) -> int:
     return int(setting.any_failed(result))
 
 
-def _measure(what: Setting, arm: Configuration, url: str, repeat: int, chat: bool) -> list[Record]:
+def _measure(what: BenchmarkSetting, arm: Configuration, url: str, repeat: int, chat: bool) -> list[Record]:
     """Every task at every batch size, against one server."""
     records = []
     for batch in what.batches:

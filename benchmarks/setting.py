@@ -16,11 +16,9 @@ from benchmarks.prompts import Prompt
 from benchmarks.results import Result
 from vllm_sirius.config import MAX_KERNEL_SIZE
 from vllm_sirius.measuring.machine import describe_machine
+from vllm_sirius.measuring.side_by_side import engine_options, rounded_length
 
 DEFAULT_ARMS = ("vllm", "vllm-compiled", "ngram", "default", "threshold")
-POSITIONS = 128
-"""The longest text of the engines is a multiple of this, vLLM's block size on CPU."""
-
 SEQUENCE_BYTES = 64 << 20
 """KV cache for one more sequence of a batch, where the command line does not say it."""
 
@@ -28,7 +26,7 @@ SMALLEST_CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchmarkSetting:
     """The model and what all arms share.
 
     Attributes:
@@ -104,7 +102,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=positive, default=256, help="of an answer (default: %(default)s)")
 
 
-def prepare(given: argparse.Namespace, with_prompts: bool = True) -> Setting:
+def prepare(given: argparse.Namespace, with_prompts: bool = True) -> BenchmarkSetting:
     """Checks the command line and looks at model and prompts.
 
     Args:
@@ -139,24 +137,16 @@ def prepare(given: argparse.Namespace, with_prompts: bool = True) -> Setting:
         longest += given.input_tokens
     report = inspection.doctor(given.model, inspection.draft_options(_first_sirius(arms)), given.dtype)
     cache = given.kv_cache_memory_bytes or max(SMALLEST_CACHE_BYTES, batch_sizes[-1] * SEQUENCE_BYTES)
-    engine = {
-        "model": given.model,
-        "dtype": given.dtype,
-        # Room beyond the last token, so that the end of the context cuts no draft short.
-        "max_model_len": -(-(longest + MAX_KERNEL_SIZE) // POSITIONS) * POSITIONS,
-        "max_num_seqs": batch_sizes[-1],
-        "kv_cache_memory_bytes": cache,
-        # Prompts come back in every repeat: each is to be processed as if it were new.
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-    }
+    # Room beyond the last token, so that the end of the context cuts no draft short.
+    max_model_len = rounded_length(longest + MAX_KERNEL_SIZE)
+    engine = engine_options(given.model, given.dtype, max_model_len, batch_sizes[-1], cache)
     folder.mkdir(parents=True, exist_ok=True)
     most = getattr(given, "most_batches", None)
     sizes = (batch_sizes, given.max_tokens, given.repeats)
-    return Setting(given.model, name, arms, engine, report, found, *sizes, folder, most)
+    return BenchmarkSetting(given.model, name, arms, engine, report, found, *sizes, folder, most)
 
 
-def new_result(kind: str, setting: Setting, given: argparse.Namespace) -> Result:
+def new_result(kind: str, setting: BenchmarkSetting, given: argparse.Namespace) -> Result:
     """Begins the file of a run.
 
     Args:

@@ -143,7 +143,7 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
     # Standard output belongs to the report; vLLM reads these when it is imported.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm_sirius.integration.doctor import inspect_model
+    from vllm_sirius.integration.inspection import inspect_model
 
     engine = {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
     plan = inspect_model(given.model, given.speculative_config, engine)

@@ -27,19 +27,15 @@ from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
 from vllm_sirius.measuring.engine import Engine, EngineError
 from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.prompts import tokenize
+from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS, WARM_UP_TOKENS, engine_options, rounded_length
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_MODEL = ROOT / ".models" / "qwen2.5-coder-0.5b-instruct"
 ARMS = ("lossless", "threshold", "lossless-coarse", "threshold-coarse", "threshold-fine")
 """Rule, lossless being the default, and sparsity where it is not the default for this machine."""
 DEFAULT_ARMS = ARMS[:3]
-WARM_UP_TOKENS = 32
-PAUSE_SECONDS = 0.3
-"""Between two turns: OpenMP threads of the engine that ran last keep a core busy for up to 0.2 s."""
 
 KV_CACHE_BYTES = 256 << 20
-POSITIONS = 128
-"""The longest text of the engines is a multiple of this, vLLM's block size on CPU."""
 
 
 class DemoError(Exception):
@@ -47,7 +43,7 @@ class DemoError(Exception):
 
 
 @dataclass(frozen=True)
-class Setting:
+class DemoSetting:
     """The model and what all arms share.
 
     Attributes:
@@ -115,7 +111,7 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
         raise DemoError(str(error)) from error
 
 
-def prepare(given: argparse.Namespace) -> Setting:
+def prepare(given: argparse.Namespace) -> DemoSetting:
     """Looks at the model and the prompts.
 
     Args:
@@ -141,20 +137,13 @@ def prepare(given: argparse.Namespace) -> Setting:
     sources = sorted({prompt.source for prompt in prompts})
     counts = ", ".join(f"{sum(p.source == source for p in prompts)} {source}" for source in sources)
     say(f"  {len(prompts)} prompts ({counts}), at most {given.max_tokens} tokens each")
-    engine = {
-        "model": given.model,
-        "dtype": "bfloat16",
-        "enforce_eager": True,  # compiling four engines takes longer than the rest, and on CPU gains nothing measurable
-        "max_model_len": -(-longest // POSITIONS) * POSITIONS,
-        "max_num_seqs": 1,
-        "kv_cache_memory_bytes": KV_CACHE_BYTES,
-        "disable_log_stats": False,
-    }
+    # Compiling four engines takes longer than the rest, and on CPU gains nothing measurable.
+    engine = engine_options(given.model, "bfloat16", rounded_length(longest), 1, KV_CACHE_BYTES, enforce_eager=True)
     warm_up = tokenize(given.model, [WARM_UP_QUESTION])[0]
-    return Setting(given.model, name, inspection, engine, prompts, warm_up, given.max_tokens)
+    return DemoSetting(given.model, name, inspection, engine, prompts, warm_up, given.max_tokens)
 
 
-def start_engines(setting: Setting, arms: Sequence[Arm], folder: Path, stack: ExitStack) -> list[Engine]:
+def start_engines(setting: DemoSetting, arms: Sequence[Arm], folder: Path, stack: ExitStack) -> list[Engine]:
     """Starts the engines one after the other and warms each up with a prompt.
 
     Args:
@@ -188,7 +177,7 @@ def start_engines(setting: Setting, arms: Sequence[Arm], folder: Path, stack: Ex
     return engines
 
 
-def answer_prompts(setting: Setting, arms: Sequence[Arm], engines: Sequence[Engine]) -> None:
+def answer_prompts(setting: DemoSetting, arms: Sequence[Arm], engines: Sequence[Engine]) -> None:
     """Lets every arm answer every prompt, in rotating order, and says how each prompt went.
 
     Args:
@@ -214,7 +203,7 @@ def answer_prompts(setting: Setting, arms: Sequence[Arm], engines: Sequence[Engi
         say(f"prompt {round_number + 1:2}/{len(setting.prompts)} ({prompt.source}): {', '.join(parts)}")
 
 
-def write_results(setting: Setting, arms: Sequence[Arm], given: argparse.Namespace) -> str:
+def write_results(setting: DemoSetting, arms: Sequence[Arm], given: argparse.Namespace) -> str:
     """Writes table, JSON and chart.
 
     Args:

@@ -25,7 +25,7 @@ from vllm_sirius.tuning.measure import measure_draft, steps_of_a_draft
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.progress import Progress
 from vllm_sirius.tuning.run import tune
-from vllm_sirius.tuning.setting import Setting
+from vllm_sirius.tuning.setting import TuningSetting
 
 COMMAND = str(Path(sys.executable).with_name("vllm-sirius"))
 MAX_KERNEL_SIZE = 8
@@ -104,7 +104,9 @@ def test_a_draft_is_measured_on_model_runner_v2(tmp_path, monkeypatch):
         "disable_log_stats": False,
         "enable_prefix_caching": False,
     }
-    setting = Setting(options, Inspection("cpu", "float32", "", 64, 1, 1, 0.5), "none", [random_prompts(9)], engine, 1)
+    setting = TuningSetting(
+        options, Inspection("cpu", "float32", "", 64, 1, 1, 0.5), "none", [random_prompts(9)], engine, 1
+    )
     with Progress(steps_of_a_draft(setting)) as progress:
         found = measure_draft(setting, DRAFTS[0], tmp_path / "log", progress)
     assert found.refused == ""

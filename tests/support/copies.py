@@ -53,7 +53,7 @@ def copies_report(llm: Any) -> dict[str, Any]:
 
 def doctor(model: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     """What `vllm-sirius doctor` finds before any weight is loaded; not while an engine is alive."""
-    from vllm_sirius.integration.doctor import inspect_model
+    from vllm_sirius.integration.inspection import inspect_model
 
     plan = inspect_model(model, options, {"dtype": dtype})
     return {"density": plan.draft_density, "copied_bytes": plan.copied_bytes, "step_bytes": plan.step_bytes}

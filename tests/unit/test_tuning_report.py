@@ -31,7 +31,7 @@ from vllm_sirius.tuning.report import (
     write_files,
 )
 from vllm_sirius.tuning.run import _write_files, choose_winners, what_is_lost
-from vllm_sirius.tuning.setting import Setting
+from vllm_sirius.tuning.setting import TuningSetting
 
 COSTS = {
     "draft_seconds": {"1": 0.05, "2": 0.06},
@@ -48,7 +48,7 @@ def answers(token_ids, seconds, counts=(0, 0, 0), by_position=()):
 def setting(tmp_path):
     options = TuningOptions("MODEL", prompts=tmp_path / "mine.txt", output=tmp_path / "out.json", max_kernel_size=4)
     inspection = Inspection("cpu", "bfloat16", "", 4096, 1000, 10**9, 0.6)
-    return Setting(options, inspection, "mine.txt", [[[1, 2]], [[3]]], {"model": "MODEL", "max_num_seqs": 1}, 2)
+    return TuningSetting(options, inspection, "mine.txt", [[[1, 2]], [[3]]], {"model": "MODEL", "max_num_seqs": 1}, 2)
 
 
 def measured(draft: Draft, lossless_accepted, threshold_accepted) -> MeasuredDraft:

@@ -72,7 +72,7 @@ def inspect(options: TuningOptions) -> Inspection:
 
 def _answer() -> None:
     """Prints one line of JSON after whatever else was printed."""
-    from vllm_sirius.integration.doctor import describe_engine
+    from vllm_sirius.integration.inspection import describe_engine
 
     try:
         answer = describe_engine(json.loads(sys.argv[1]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sirius.measuring.engine import Answers, Engine, EngineError
+from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS, WARM_UP_TOKENS
 from vllm_sirius.metrics import SpeculationCounts
 from vllm_sirius.pacing.costs import StepCosts
 from vllm_sirius.request_rules import THRESHOLD_KEY
@@ -17,11 +18,7 @@ from vllm_sirius.tuning.errors import TuningError
 from vllm_sirius.tuning.grid import ABOVE_EVERY_LIKELIHOOD, RULES, THRESHOLD, Draft
 from vllm_sirius.tuning.predict import Prediction, predict
 from vllm_sirius.tuning.progress import Progress
-from vllm_sirius.tuning.setting import Setting
-
-WARM_UP_TOKENS = 32
-PAUSE_SECONDS = 0.3
-"""Between two engines' turns: OpenMP threads of the one that ran last keep cores busy for up to 0.2 s."""
+from vllm_sirius.tuning.setting import TuningSetting
 
 THRESHOLDS = {"lossless": ABOVE_EVERY_LIKELIHOOD, "threshold": THRESHOLD}
 """Request threshold by rule: an engine has one rule, a request its own threshold, so one engine shows both."""
@@ -74,17 +71,17 @@ class Arm:
         return self.prediction.draft.speculative_config(kernel_size, self.prediction.acceptance, adaptive)
 
 
-def steps_of_a_draft(setting: Setting) -> int:
+def steps_of_a_draft(setting: TuningSetting) -> int:
     """Steps of the progress bar for one draft: start, costs, and every batch under each rule."""
     return 2 + len(RULES) * len(setting.batches)
 
 
-def steps_of_the_comparison(setting: Setting) -> int:
+def steps_of_the_comparison(setting: TuningSetting) -> int:
     """Steps of the progress bar for the winners and vLLM alone: start and every batch."""
     return (1 + len(RULES)) * (1 + len(setting.batches))
 
 
-def measure_draft(setting: Setting, draft: Draft, log: Path, progress: Progress) -> MeasuredDraft:
+def measure_draft(setting: TuningSetting, draft: Draft, log: Path, progress: Progress) -> MeasuredDraft:
     """Measures a draft with the longest kernel size under both rules.
 
     Args:
@@ -122,11 +119,11 @@ def measure_draft(setting: Setting, draft: Draft, log: Path, progress: Progress)
     return measured
 
 
-def _warm_up(engine: Engine, setting: Setting) -> None:
+def _warm_up(engine: Engine, setting: TuningSetting) -> None:
     engine.generate(setting.batches[0], min(WARM_UP_TOKENS, setting.options.max_tokens))
 
 
-def _count(engine: Engine, setting: Setting, threshold: float, progress: Progress) -> SpeculationCounts:
+def _count(engine: Engine, setting: TuningSetting, threshold: float, progress: Progress) -> SpeculationCounts:
     """What vLLM counts over all prompts when requests ask for a threshold."""
     answers = []
     for batch in setting.batches:
@@ -159,7 +156,7 @@ def add_counts(answers: Sequence[Answers]) -> SpeculationCounts:
     )
 
 
-def compare(setting: Setting, winners: Sequence[Prediction], folder: Path, progress: Progress) -> list[Arm]:
+def compare(setting: TuningSetting, winners: Sequence[Prediction], folder: Path, progress: Progress) -> list[Arm]:
     """Lets vLLM alone and the winners answer every batch by turns, side by side.
 
     The order rotates, so that what else the machine does falls on all alike.
@@ -199,7 +196,7 @@ def compare(setting: Setting, winners: Sequence[Prediction], folder: Path, progr
     return arms
 
 
-def _start(setting: Setting, arm: Arm, folder: Path, progress: Progress, stack: ExitStack) -> Engine:
+def _start(setting: TuningSetting, arm: Arm, folder: Path, progress: Progress, stack: ExitStack) -> Engine:
     progress.doing(f"comparison: starting {arm.title}")
     config = {"speculative_config": arm.speculative_config} if arm.prediction is not None else {}
     engine = Engine({**setting.engine, **config}, folder / f"{arm.title.replace(' ', '-')}.log")

@@ -15,7 +15,7 @@ from vllm_sirius.tuning.grid import RULES, THRESHOLD
 from vllm_sirius.tuning.measure import Arm, MeasuredDraft
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.predict import PREDICTION_ERROR, best
-from vllm_sirius.tuning.setting import Setting
+from vllm_sirius.tuning.setting import TuningSetting
 
 RULE_TITLES = {"lossless": "lossless", "threshold": f"threshold {THRESHOLD:g}"}
 
@@ -66,7 +66,7 @@ class Findings:
         arms: The comparison, vLLM alone first.
     """
 
-    setting: Setting
+    setting: TuningSetting
     drafts: list[MeasuredDraft] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)

@@ -18,7 +18,7 @@ from vllm_sirius.tuning.predict import Prediction, choose
 from vllm_sirius.tuning.progress import Progress
 from vllm_sirius.tuning.prompts_file import read_prompts
 from vllm_sirius.tuning.report import Findings, format_findings, judge, write_files
-from vllm_sirius.tuning.setting import Setting, make_setting
+from vllm_sirius.tuning.setting import TuningSetting, make_setting
 
 LOW_BIT_SHARE = 0.5
 """Bytes of int8 copies over those of the 16-bit weights."""
@@ -79,7 +79,7 @@ def what_is_lost(findings: Findings, num_drafts: int) -> str:
     return f"interrupted: {lost}, and no file was written"
 
 
-def _prepare(options: TuningOptions, grid: Sequence[Draft]) -> tuple[Setting, list[Draft]]:
+def _prepare(options: TuningOptions, grid: Sequence[Draft]) -> tuple[TuningSetting, list[Draft]]:
     assert options.prompts is not None
     prompts = read_prompts(options.prompts, options.num_prompts)
     inspection = inspect(options)
@@ -92,7 +92,7 @@ def _prepare(options: TuningOptions, grid: Sequence[Draft]) -> tuple[Setting, li
     return setting, drafts
 
 
-def _check_memory(setting: Setting) -> None:
+def _check_memory(setting: TuningSetting) -> None:
     """Refuses a model whose three engines of the comparison do not fit side by side."""
     inspection = setting.inspection
     # The largest copy that a draft of the grid makes; the target has its own weights beside it.

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sirius.measuring.prompts import tokenize
+from vllm_sirius.measuring.side_by_side import engine_options, rounded_length
 from vllm_sirius.tuning.errors import TuningOptionError
 from vllm_sirius.tuning.inspection import Inspection
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.prompts_file import PromptFile
-
-POSITIONS = 128
-"""Texts are rounded up to a multiple of this, vLLM's block size on CPU."""
 
 LEAST_KV_CACHE_BYTES = 256 << 20
 KV_CACHE_SLACK = 1.25
@@ -25,7 +23,7 @@ With vLLM's default a second engine would not start beside the first."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class TuningSetting:
     """What all engines share.
 
     Attributes:
@@ -85,7 +83,7 @@ class Setting:
         return "; ".join(reasons)
 
 
-def make_setting(options: TuningOptions, inspection: Inspection, prompts: PromptFile) -> Setting:
+def make_setting(options: TuningOptions, inspection: Inspection, prompts: PromptFile) -> TuningSetting:
     """Puts the prompts into the model's chat template and sizes the engines for them.
 
     Args:
@@ -108,21 +106,18 @@ def make_setting(options: TuningOptions, inspection: Inspection, prompts: Prompt
     longest = max(len(prompt) for batch in batches for prompt in batch) + options.max_tokens
     max_model_len = choose_max_model_len(longest, options.max_model_len, inspection.max_model_len)
     kv_cache = int(options.batch * max_model_len * inspection.kv_bytes_per_token * KV_CACHE_SLACK)
-    engine = {
-        "model": options.model,
-        "dtype": options.dtype,
-        "trust_remote_code": options.trust_remote_code,
-        "enforce_eager": options.enforce_eager,
-        "max_model_len": max_model_len,
-        "max_num_seqs": options.batch,
-        "kv_cache_memory_bytes": max(LEAST_KV_CACHE_BYTES, kv_cache),
-        # The same prompts come back for each rule: out of the cache they would be neither observed nor timed.
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-    }
+    engine = engine_options(
+        options.model,
+        options.dtype,
+        max_model_len,
+        options.batch,
+        max(LEAST_KV_CACHE_BYTES, kv_cache),
+        trust_remote_code=options.trust_remote_code,
+        enforce_eager=options.enforce_eager,
+    )
     if inspection.platform != "cpu":
         engine["gpu_memory_utilization"] = GPU_MEMORY_UTILIZATION
-    return Setting(options, inspection, prompts.source, batches, engine, prompts.num_in_file)
+    return TuningSetting(options, inspection, prompts.source, batches, engine, prompts.num_in_file)
 
 
 def whole_batches(prompts: list[list[int]], size: int) -> list[list[list[int]]]:
@@ -152,4 +147,4 @@ def choose_max_model_len(longest: int, wanted: int | None, possible: int) -> int
             f"the longest prompt and its answer take {longest} tokens, {option} is {limit}: use shorter prompts, a smaller "
             f"{remedy}."
         )
-    return limit if wanted is not None else min(possible, -(-longest // POSITIONS) * POSITIONS)
+    return limit if wanted is not None else min(possible, rounded_length(longest))
