@@ -150,7 +150,7 @@ def collect(given: argparse.Namespace) -> list[list[int]]:
     return [prompt.token_ids for pair in pairs for prompt in pair][: given.prompts]
 
 
-def engine_options(given: argparse.Namespace, longest: int, mode: str) -> dict[str, Any]:
+def shared_options(given: argparse.Namespace, longest: int, mode: str) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that vLLM alone and Sirius share.
 
     Args:
@@ -285,7 +285,7 @@ def check_mode(mode: str, token_ids: Sequence[list[int]], given: argparse.Namesp
     Raises:
         BenchmarkError: If an engine fails.
     """
-    options = engine_options(given, max(map(len, token_ids)), mode)
+    options = shared_options(given, max(map(len, token_ids)), mode)
     arms = {"vllm": options, "sirius": {**options, "speculative_config": given.config}}
     found = {}
     for arm, own in arms.items():
