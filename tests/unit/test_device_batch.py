@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ class Device:
             self.seq_lens,
             self.idx_mapping,
             self.drafts,
-            lambda: MAX_MODEL_LEN,
+            SimpleNamespace(max_model_len=MAX_MODEL_LEN),
         )
 
     def draft(self, requests, num_rows=None):

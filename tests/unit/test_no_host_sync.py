@@ -7,6 +7,7 @@ On a machine with a GPU the same functions run under CUDA's own detection as wel
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,7 +54,11 @@ def draft_step(device):
     idx_mapping = torch.tensor([4, 1, 2], device=device)
     mapping = torch.full((SLOTS,), -1, device=device)
     batch = DraftBatch(
-        table, *buffers, mapping, torch.zeros(SLOTS, STEPS, dtype=torch.int64, device=device), lambda: 32
+        table,
+        *buffers,
+        mapping,
+        torch.zeros(SLOTS, STEPS, dtype=torch.int64, device=device),
+        SimpleNamespace(max_model_len=32),
     )
     logits = torch.randn(9, VOCABULARY, device=device)
     own = logits.argmax(dim=-1)

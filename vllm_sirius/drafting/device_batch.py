@@ -6,7 +6,8 @@ batch. The tensors keep their addresses, so a captured step works for every batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
@@ -15,6 +16,16 @@ MAX_END_TOKENS = 32
 
 NO_REQUEST = -1
 """In `DraftBatch.idx_mapping`: a row that drafts nothing."""
+
+
+class LongestText(Protocol):
+    """Whoever knows how long a text may be.
+
+    Attributes:
+        max_model_len: Tokens of the longest text. It may change until the KV cache is there.
+    """
+
+    max_model_len: int
 
 
 class DraftTable:
@@ -75,7 +86,7 @@ class DraftBatch:
         seq_lens: Tokens it attends to, itself included, ``int32``; 0 for rows that only fill a graph up.
         idx_mapping: Slot of each row, or `NO_REQUEST`, ``int64``.
         draft_token_ids: As in the attribute.
-        max_model_len: Gives the longest text; a captured graph keeps what it was at capture.
+        longest: Knows the longest text; a captured graph keeps what it was at capture.
     """
 
     def __init__(
@@ -86,7 +97,7 @@ class DraftBatch:
         seq_lens: torch.Tensor,
         idx_mapping: torch.Tensor,
         draft_token_ids: torch.Tensor,
-        max_model_len: Callable[[], int],
+        longest: LongestText,
     ) -> None:
         self.table = table
         self.draft_token_ids = draft_token_ids
@@ -95,7 +106,7 @@ class DraftBatch:
         self._positions = positions
         self._seq_lens = seq_lens
         self._idx_mapping = idx_mapping
-        self._max_model_len = max_model_len
+        self._longest = longest
 
     def begin(self, num_rows: int, positions: torch.Tensor, last_sampled: torch.Tensor, emitted: torch.Tensor) -> None:
         """Sets the first draft step up: every row feeds the last token of its text, which has no K/V yet.
@@ -113,7 +124,7 @@ class DraftBatch:
         self.draft_token_ids[:num_rows].zero_()
         self._forget_lengths(idx_mapping, slots)
         self._input_ids[:num_rows] = torch.where(drafts, last_sampled.view(-1)[slots], 0).to(torch.int32)
-        self._positions[:num_rows] = positions.clamp_max(self._max_model_len() - 1)
+        self._positions[:num_rows] = positions.clamp_max(self._longest.max_model_len - 1)
         self._seq_lens[:num_rows] = torch.where(drafts, positions + 1, 1).to(torch.int32)
         self._seq_lens[num_rows:].zero_()
         idx_mapping.copy_(torch.where(drafts, idx_mapping, NO_REQUEST))
@@ -138,7 +149,7 @@ class DraftBatch:
         positions = self._positions[:num_rows] + 1
         goes_on = kept & (positions + 1 <= self.table.last_position[slots])
         self._input_ids[:num_rows] = fed.to(torch.int32)
-        self._positions[:num_rows] = positions.clamp_max(self._max_model_len() - 1)
+        self._positions[:num_rows] = positions.clamp_max(self._longest.max_model_len - 1)
         seq_lens = self._seq_lens[:num_rows]
         seq_lens.copy_(torch.where(goes_on, (positions + 1).to(torch.int32), seq_lens.clamp_max(1)))
         idx_mapping.copy_(torch.where(goes_on, idx_mapping, NO_REQUEST))

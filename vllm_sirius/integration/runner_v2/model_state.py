@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from vllm_sirius.integration.runner_v2.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.runner_v2.request_state import SiriusRequestState
 
 
@@ -20,11 +20,9 @@ class SiriusModelState(ModelState):
 
     Attributes:
         sirius: The state that it feeds.
-        make_rejection_sampler: Takes the runner's plain sampler.
     """
 
     sirius: SiriusRequestState
-    make_rejection_sampler: Callable[[Any], Any]
     _real_batch: Any = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
@@ -48,22 +46,19 @@ class SiriusModelState(ModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """The plain sampler as it is, and Sirius's rejection sampler."""
-        return sampler, self.make_rejection_sampler(sampler)
+        speculative_config = self.vllm_config.speculative_config
+        return sampler, SiriusRejectionSampler(sampler, speculative_config, self.device, self.sirius.table)
 
 
-def mix_into(
-    model: nn.Module, vllm_config: Any, sirius: SiriusRequestState, make_rejection_sampler: Callable[[Any], Any]
-) -> None:
+def mix_into(model: nn.Module, vllm_config: Any, sirius: SiriusRequestState) -> None:
     """Makes the runner build a model state with Sirius in it, through the model's own seam `get_model_state_cls`.
 
     Args:
         model: The target.
         vllm_config: The engine's config.
         sirius: The state to feed.
-        make_rejection_sampler: As in the attribute.
     """
     upstream = resolve_model_state_cls(vllm_config, model)
-    members = {"sirius": sirius, "make_rejection_sampler": staticmethod(make_rejection_sampler)}
-    mixed = type(f"Sirius{upstream.__name__}", (SiriusModelState, upstream), members)
+    mixed = type(f"Sirius{upstream.__name__}", (SiriusModelState, upstream), {"sirius": sirius})
     seam: Any = model
     seam.get_model_state_cls = lambda: mixed

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm_sirius.config import SiriusConfig
-from vllm_sirius.drafting.device_batch import DraftTable
+from vllm_sirius.drafting.device_batch import DraftTable, LongestText
 from vllm_sirius.integration.draft_room import check_room
 from vllm_sirius.request_rules import RequestRules
 from vllm_sirius.sparsity.observation import ObservedRows
@@ -25,7 +24,7 @@ class SiriusRequestState:
         config: The options.
         table: What drafts must know of each request.
         statistics: Neuron statistics of the requests, or ``None`` with fine sparsity.
-        max_model_len: Gives the longest text, which vLLM may fit to the KV cache after this was built.
+        longest: Knows the longest text, which vLLM may fit to the KV cache after this was built.
     """
 
     def __init__(
@@ -33,14 +32,14 @@ class SiriusRequestState:
         config: SiriusConfig,
         table: DraftTable,
         statistics: NeuronStatistics | None,
-        max_model_len: Callable[[], int],
+        longest: LongestText,
     ) -> None:
         self.table = table
         # What the table has on the device, to be read without waiting for it.
         self._last_position = np.full(len(table.last_position), -1, dtype=np.int64)
         self._config = config
         self._statistics = statistics
-        self._max_model_len = max_model_len
+        self._longest = longest
 
     def add_request(self, slot: int, new_request: Any) -> None:
         """Admits a request, or one that was preempted and comes back with its text as its prompt.
@@ -52,7 +51,7 @@ class SiriusRequestState:
         if self._statistics is not None:
             self._statistics.reset(slot, new_request.num_computed_tokens)
         rules = RequestRules.read(new_request.sampling_params, new_request.prompt_len, self._config)
-        self._last_position[slot] = rules.last_position(self._max_model_len())
+        self._last_position[slot] = rules.last_position(self._longest.max_model_len)
         self.table.admit(slot, int(self._last_position[slot]), rules.end_token_ids, rules.threshold)
 
     def check_room(self, input_batch: Any, num_steps: int, block_tables: Any) -> None:

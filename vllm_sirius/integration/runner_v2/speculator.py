@@ -30,7 +30,6 @@ from vllm_sirius.integration.lookahead import assert_lookahead_reserved
 from vllm_sirius.integration.measure_costs import measure_costs
 from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.runner_v2.model_state import mix_into
-from vllm_sirius.integration.runner_v2.rejection_sampler import SiriusRejectionSampler
 from vllm_sirius.integration.runner_v2.request_state import SiriusRequestState
 from vllm_sirius.integration.speculative_config import sirius_config
 from vllm_sirius.integration.target import LoadedTarget, install_switch, make_draft
@@ -73,7 +72,7 @@ class SiriusSpeculator(DraftModelSpeculator):
             self.input_buffers.seq_lens,
             self.idx_mapping,
             self.draft_tokens,
-            lambda: self.max_model_len,
+            vllm_config.model_config,
         )
 
     @property
@@ -115,12 +114,10 @@ class SiriusSpeculator(DraftModelSpeculator):
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         self._layer_names = set(layers)
         self.ffns, self._selector = install_switch(target, self.vllm_config)
-        self._state = SiriusRequestState(self.config, self.table, self.ffns.statistics, lambda: self.max_model_len)
-        mix_into(target_model, self.vllm_config, self._state, self._make_rejection_sampler)
+        longest = self.vllm_config.model_config
+        self._state = SiriusRequestState(self.config, self.table, self.ffns.statistics, longest)
+        mix_into(target_model, self.vllm_config, self._state)
         self._draft = make_draft(target, self.ffns, self.vllm_config, self.device)
-
-    def _make_rejection_sampler(self, sampler: Any) -> SiriusRejectionSampler:
-        return SiriusRejectionSampler(sampler, self.speculative_config, self.device, self.table)
 
     def set_attn(
         self,
