@@ -32,9 +32,9 @@ class Runner:
     """What the check reads of Model Runner V2: two requests in slots 2 and 0 of a batch whose texts may grow to `lengths`."""
 
     def __init__(self, lengths, num_blocks, max_tokens=1000):
-        self.longest = LONGEST
+        self.longest = SimpleNamespace(max_model_len=LONGEST)
         table = DraftTable(4, torch.device("cpu"))
-        self.state = SiriusRequestState(SiriusConfig(), table, None, lambda: self.longest)
+        self.state = SiriusRequestState(SiriusConfig(), table, None, self.longest)
         self.max_tokens = max_tokens
         self.batch = SimpleNamespace(
             idx_mapping_np=np.array([2, 0]), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0], dtype=torch.int32)
@@ -46,7 +46,11 @@ class Runner:
     def admit(self, **sampling):
         for slot in (0, 2):
             parameters = SimpleNamespace(
-                extra_args=sampling.get("extra_args"), stop_token_ids=[], eos_token_id=None, max_tokens=self.max_tokens
+                extra_args=sampling.get("extra_args"),
+                stop_token_ids=[],
+                eos_token_id=None,
+                max_tokens=self.max_tokens,
+                min_tokens=0,
             )
             self.state.add_request(
                 slot, SimpleNamespace(sampling_params=parameters, prompt_len=5, num_computed_tokens=0)
@@ -83,7 +87,7 @@ def test_drafts_end_before_a_limit_that_shrank_after_the_start():
     runner.admit()
     with pytest.raises(SiriusIntegrationError, match=f"position {40 + 15 - 1}"):
         runner.check(num_steps=15)
-    runner.longest = 3 * BLOCK
+    runner.longest.max_model_len = 3 * BLOCK
     runner.admit()
     runner.check(num_steps=15)
     assert runner.state.table.last_position[[0, 2]].tolist() == [3 * BLOCK - 2] * 2
