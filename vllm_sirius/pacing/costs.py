@@ -133,8 +133,8 @@ class CostCurve:
         for size, other in self._observed.items():
             doubted = other.estimate * estimate / own.estimate
             if estimate >= FASTER * own.best:
-                estimate = self._first.seconds(size) if self._first.covers(size) else math.inf
-                doubted = max(doubted, min(other.best, estimate))
+                measured = self._first.seconds(size) if self._first.covers(size) else math.inf
+                doubted = max(doubted, min(other.best, measured))
                 if FASTER * estimate <= own.best:
                     doubted = min(doubted, other.best)
             elif not other.was_learnt_since(own.level_before_since):
@@ -149,7 +149,7 @@ class CostCurve:
     def _remaining_first_estimates(self, known: _Line) -> list[tuple[int, float]]:
         """First estimates of sizes that have not run, corrected by those that have.
 
-        A estimate that is too low corrects itself, because the size will run; one that is too high might keep it from ever
+        An estimate that is too low corrects itself, because the size will run; one that is too high might keep it from ever
         running. So estimates go down with the nearest size that was overestimated along with them, and never up.
         """
         estimates: list[tuple[int, float]] = []
