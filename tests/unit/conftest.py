@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import pytest
 import torch
 
 from vllm_sirius.kernels.cpu import build
+from vllm_sirius.kernels.cpu.library_store import LibraryStoreError, prepare_root
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_KEPT = 30
+"""Libraries of the last few states of the sources."""
 
 
 @pytest.fixture
@@ -35,14 +41,27 @@ def one_or_two_threads(fresh_input: None) -> Iterator[None]:
 def library_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ctypes.CDLL]:
     """Compiles the CPU kernels as for a processor that lacks some instructions: `library_without(option of the compiler)`.
 
-    With less optimisation than for use, which takes a third of the time; the same instructions are chosen.
+    With less optimisation than for use, which takes a third of the time; the same instructions are chosen. Libraries are kept
+    from run to run, each for its sources, options and compiler.
     """
 
     def compile_and_load(option: str) -> ctypes.CDLL:
-        monkeypatch.setenv("SIRIUS_CACHE", str(tmp_path))
+        monkeypatch.setenv("SIRIUS_CACHE", str(_kept_kernels() or tmp_path))
         monkeypatch.setenv("CXX", " ".join([*build._compiler(), option]))
         monkeypatch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS))
         library: ctypes.CDLL = build.load_library.__wrapped__()
         return library
 
     return compile_and_load
+
+
+def _kept_kernels() -> Path | None:
+    """The checkout's folder for compiled kernels, less the oldest of many; ``None`` where others may write above it."""
+    try:
+        root = prepare_root(ROOT / "build" / "test-kernels")
+    except LibraryStoreError:
+        return None
+    libraries = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for library in libraries[:-MOST_KEPT]:
+        shutil.rmtree(library, ignore_errors=True)
+    return root
