@@ -103,5 +103,5 @@ format: setup ## Format the code and repair what can be repaired
 	$(PYTHON) -m ruff check --fix .
 
 clean: ## Remove caches and build output; the environment, models and results stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find vllm_sirius tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -33,6 +33,7 @@ setup(
         "dev": [
             "accelerate>=1.10",
             "gguf>=0.17",
+            "hypothesis>=6.140",
             "matplotlib>=3.9",
             "mypy>=1.18",
             "pre-commit>=4.0",
