@@ -255,7 +255,7 @@ class _Line:
         if size <= self.sizes[0]:
             return self.values[0]
         if size >= self.sizes[-1]:
-            return self.values[-1] * size / self.sizes[-1]
+            return self.values[-1] * (size / self.sizes[-1])
         right = bisect_left(self.sizes, size)
         if self.sizes[right] == size:
             return self.values[right]
