@@ -62,42 +62,53 @@ THRESHOLD_OPTIONS = ("threshold", "threshold_temperature")
 class SiriusConfig:
     """The options of one engine.
 
+    The first sentence of each entry is its line in the table of ``docs/options.md``, which is made of this text.
+
     Attributes:
-        kernel_size: Most tokens that one verification pass of the target advances (the paper's period, section 4).
-            A larger value spreads the cost of the correction over more draft tokens and wastes more of them
-            when a draft is rejected. ``num_speculative_tokens = kernel_size - 1``.
-        sparsity: Which neurons the draft keeps. ``coarse`` (CSparse, GRIFFIN): one set per layer for the whole
-            running batch. ``fine`` (FSparse, like CATS): the largest ``|act(gate)|`` of each token. ``none``: all. ``auto`` is
-            ``none`` where drafts read quantised copies and no option of a sparsity is given, and otherwise ``coarse``.
-        density: Part of the FFN neurons that the draft keeps, in (0, 1].
-        refresh: Update the coarse set from every verification pass. ``False`` is the paper's behaviour: the set is
-            fixed by the prompt.
-        draft_weights: Weights the draft reads. ``shared`` are the target's own values; ``int8`` and ``int4`` are rounded
-            copies, made at load without calibration data, which the target never reads. ``auto`` shares where the target's
-            rows can be read (GPU), and otherwise (CPU, where the draft needs weights of its own) copies them: as int4 where it
-            keeps all neurons, else as int8.
-        draft_weights_scope: What is quantised: ``ffn`` the FFNs; ``all`` also attention projections and lm_head.
-        target_kernels: What runs the target's own dense linear layers on CPU: ``vllm`` its kernels, ``sirius`` a kernel for
-            the few tokens of a verification pass, on the same bf16 weights in another order; ``auto`` is
-            ``sirius`` where that can run, unless the processor has AMX: decided by the processor and never by a measurement. On
-            a GPU vLLM's run always.
-        acceptance: ``lossless`` is rejection sampling, whose output is distributed as the target's; ``threshold`` is the
-            paper's likelihood rule and changes the output distribution.
+        kernel_size: Most tokens that one verification pass of the target advances. A larger value spreads the cost of the
+            pass over more draft tokens and wastes more of them when a draft is rejected. The paper calls it the period
+            (section 4); vLLM's ``num_speculative_tokens`` is ``kernel_size - 1``, and either may be given.
+        sparsity: Which neurons of each FFN the draft keeps: one set for the batch, the largest of each token, or all.
+            ``coarse``: one set per layer for the whole batch (CSparse, GRIFFIN), the cheapest choice. ``fine``: the largest
+            ``|act(gate)|`` of each token (FSparse, CATS); more is accepted, but every gate is read, so a draft step saves
+            only two thirds as much. ``none``: all of them, with ``int8`` or ``int4`` alone; on a CPU the fastest by far.
+            ``auto`` is ``none`` on a CPU with the compiled kernels, and ``coarse`` elsewhere or where ``density``,
+            ``refresh`` or ``draft_weights: shared`` is given.
+        density: Part of the FFN neurons that the draft keeps, above 0 and up to 1. Lower is cheaper for each draft step and
+            rejected more often. Given alone it chooses ``coarse``.
+        refresh: Coarse sparsity: learn the set of neurons anew from every verification pass. ``false`` is the paper's
+            behaviour: the prompt fixes the set, and fewer drafts are accepted. Given alone it chooses ``coarse``.
+        draft_weights: Weights that the draft reads: the target's own or quantised copies. ``shared`` are the target's own
+            values. ``int8`` and ``int4`` (CPU) are quantised copies, rounded at load without calibration data, which cut
+            the bytes of a draft step of a 16-bit model to a half or to 27 %. ``auto`` is ``shared`` on a GPU, where that
+            takes no memory; on a CPU, where drafts need weights of their own anyway, ``int4`` where all neurons are kept
+            and ``int8`` otherwise. Verification always reads the target's own weights, so ``lossless`` stays lossless.
+        draft_weights_scope: What is quantised: the FFNs (``ffn``), or attention projections and lm_head as well (``all``).
+        target_kernels: What runs the target's own linear layers on a CPU. ``vllm``: its kernels. ``sirius``: a kernel for
+            the few tokens of a verification pass, on the same bfloat16 weights in another order, without more memory; it
+            needs AVX-512 and bfloat16. ``auto``: ``sirius`` where it can run, unless the processor has AMX; decided by the
+            processor and never by a measurement, so that every start gives the same answers, and said in the log. Both
+            compute the same but for the last bit of rounding. On a GPU vLLM's run always.
+        acceptance: Which draft tokens are kept: those that are the model's own, or those that it finds likely.
+            ``lossless``: rejection sampling, the model's own output. ``threshold``: the paper's likelihood rule, which
+            changes the output; longer drafts are kept where drafts are poor.
         draft_sampling: How the draft picks its tokens for requests with a temperature. ``greedy`` takes its likeliest;
-            ``probabilistic`` draws from its distribution, which lossless acceptance then corrects by standard rejection
-            sampling. Greedy requests are drafted greedily either way.
-        threshold: Accept a draft token while the target gives it at least this likelihood. ``<= 0`` accepts every
-            token that the request's own constraints allow; ``> 1`` accepts only the target's own choice.
-        threshold_temperature: Temperature of the likelihood in the threshold rule for greedy requests (0.6 in the
-            authors' code, absent from the paper's Algorithm 1). Sampling requests use their own temperature.
-        adaptive: Let each request's draft length follow its recent acceptance (on Model Runner V2 one length for the batch);
-            ``False`` always drafts ``kernel_size - 1`` tokens.
-        prompt_lookup_tokens: Most tokens that a draft step verifies beside the one it drafts: candidates looked up in
-            the request's own text. As many are taken as pay by measured cost; the draft stays the same and gets cheaper.
-            0 looks nothing up. Model Runner V2 drafts token by token.
-        tree_width: Draft branches per position. Only 1 for now.
-        preset: Name of the preset that the options come from, as far as they were not given, or ``None``. A label: its values
-            are put in by `from_options`.
+            ``probabilistic`` draws from its distribution, which lossless acceptance corrects by standard rejection sampling
+            (Model Runner V2 and ``lossless`` only). Greedy requests are drafted greedily either way.
+        threshold: Keep a draft token while the target gives it at least this likelihood. Higher is closer to the model and
+            slower; 0 or less accepts every token that the request's own constraints allow, more than 1 only the target's
+            own choice. Given alone it chooses ``acceptance: threshold``.
+        threshold_temperature: Temperature of that likelihood for greedy requests. 0.6 is the value of the authors' code,
+            absent from the paper's Algorithm 1. Sampling requests use their own processed distribution. Given alone it
+            chooses ``acceptance: threshold``.
+        adaptive: Draft only as far as is expected to pay. On Model Runner V1 each request has its own length, on V2 the
+            batch has one, unless vLLM's ``num_speculative_tokens_per_batch_size`` decides. ``false`` always drafts
+            ``kernel_size - 1`` tokens.
+        prompt_lookup_tokens: Most candidates from the request's own text that a draft step reads beside the token it
+            drafts. As many are taken as pay by measured cost, the draft stays the same and takes fewer steps. 0 looks
+            nothing up. Model Runner V1 only.
+        tree_width: Draft branches per position; only 1 so far.
+        preset: Name of a set of options, which those given beside it refine.
     """
 
     kernel_size: int = 16
@@ -114,7 +125,7 @@ class SiriusConfig:
     adaptive: bool = True
     prompt_lookup_tokens: int = 7
     tree_width: int = 1
-    preset: str | None = None
+    preset: str | None = None  # a label: `from_options` puts the values in
 
     def __post_init__(self) -> None:
         """Checks each value on its own, then the values against each other.
