@@ -45,7 +45,7 @@ PATCHED_CHOICE := patched_copy or flags_and_json or run_batch or (v1 and ($(PATC
 BENCH_MODEL := $(or $(MODEL),.models/$(LARGE_MODEL))
 BENCH_DRAFT := $(if $(MODEL),,--draft-model .models/$(DEMO_MODEL))
 
-.PHONY: help setup model demo bench bench-server bench-latency bench-compare bench-plot test test-all test-patched lint format clean
+.PHONY: help setup model demo bench bench-server bench-latency bench-compare bench-plot test test-all test-patched lint docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,9 @@ lint: setup ## Check style, format and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+docs: setup ## Build the documentation into build/site; dead links and pages outside the navigation are errors
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
 
 format: setup ## Format the code and repair what can be repaired
 	$(PYTHON) -m ruff format .

@@ -22,6 +22,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["vllm", "speculative decoding", "self-speculation", "contextual sparsity", "quantisation", "inference"],
+    # The project itself has no public address yet.
+    project_urls={"Paper": "https://arxiv.org/abs/2409.03856"},
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_sirius", "vllm_sirius.*"]),
     # The C++ kernels travel as sources and are compiled at first use.
@@ -35,6 +38,7 @@ setup(
             "gguf>=0.17",
             "hypothesis>=6.140",
             "matplotlib>=3.9",
+            "mkdocs-material>=9.7,<10",
             "mypy>=1.18",
             "pre-commit>=4.0",
             "pytest>=8.4",
@@ -50,11 +54,14 @@ setup(
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )
