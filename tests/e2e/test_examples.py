@@ -1,4 +1,7 @@
-"""The examples, and the programs and commands of the README, run as a reader would run them, on SmolLM2."""
+"""The examples, and the programs and commands of the documentation, run as a reader would run them, on SmolLM2.
+
+The README's program of the offline API runs in `test_wheel.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from support.real_models import ROOT, SMOL, model_path
-from support.snippets import readme_command, readme_program
+from support.snippets import USAGE, documented_command, documented_program, readme_command
 
 EXAMPLES = ROOT / "examples"
 VLLM = Path(sys.executable).with_name("vllm")
@@ -44,23 +47,13 @@ def test_offline():
     assert int(found[2]) > 0
 
 
-def test_the_offline_program_of_the_readme(tmp_path):
-    """As a script, which is what its guard is for."""
-    program = readme_program("LLM(")
-    model = re.search(r'model="([^"]+)"', program)
-    assert model
-    script = tmp_path / "offline.py"
-    # Compiling takes minutes.
-    script.write_text(program.replace(model[0], f'model="{model_path(SMOL)}", enforce_eager=True'))
-    assert run(sys.executable, script).strip()
-
-
 def test_batch(tmp_path):
-    """With the requests of the example and the command of the README."""
+    """With the commands of the README."""
     requests, answers = tmp_path / "input.jsonl", tmp_path / "output.jsonl"
     model = model_path(SMOL)
-    assert "3 requests written" in run(sys.executable, EXAMPLES / "batch.py", requests, model)
-    places = {"input.jsonl": str(requests), "output.jsonl": str(answers), "MODEL": model, "vllm": str(VLLM)}
+    places = {"input.jsonl": str(requests), "output.jsonl": str(answers), "MODEL": model}
+    places |= {"python": sys.executable, "vllm": str(VLLM)}
+    assert "3 requests written" in run(*readme_command("python examples/batch.py", **places))
     run(*readme_command("vllm run-batch", **places), *KV_CACHE, EAGER)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert sorted(line["custom_id"] for line in lines) == ["question-0", "question-1", "question-2"]
@@ -69,8 +62,8 @@ def test_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_latency_benchmark_of_the_readme():
-    command = readme_command("vllm bench latency", MODEL=model_path(SMOL), vllm=str(VLLM))
+def test_the_latency_benchmark_of_the_documentation():
+    command = documented_command(USAGE, "vllm bench latency", MODEL=model_path(SMOL), vllm=str(VLLM))
     sizes = ["--input-len", "16", "--output-len", "8", "--num-iters-warmup", "1", "--num-iters", "1"]
     assert "Avg latency" in run(*command, *sizes, *KV_CACHE, EAGER)
 
@@ -129,8 +122,8 @@ def test_serve_and_client(server_url):
     assert counter(server_url, "vllm:spec_decode_num_drafts_total") > 0
 
 
-def test_the_client_of_the_readme(server_url, tmp_path):
-    program = readme_program("OpenAI(").replace("http://127.0.0.1:8000", server_url)
+def test_the_client_of_the_documentation(server_url, tmp_path):
+    program = documented_program(USAGE, "OpenAI(").replace("http://127.0.0.1:8000", server_url)
     script = tmp_path / "client.py"
     script.write_text(
         program.replace('"MODEL"', f'"{model_path(SMOL)}"') + "print(answer.choices[0].message.content)\n"
@@ -138,22 +131,23 @@ def test_the_client_of_the_readme(server_url, tmp_path):
     assert run(sys.executable, script).strip()
 
 
-def test_the_server_benchmark_of_the_readme(server_url, tmp_path):
+def test_the_server_benchmark_of_the_documentation(server_url, tmp_path):
     talk = [
         {"value": "What is the capital of France?"},
         {"value": "The capital of France is Paris, a city on the Seine."},
     ]
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"conversations": talk}] * 2))
-    command = readme_command("vllm bench serve", MODEL=model_path(SMOL), FILE=str(prompts), vllm=str(VLLM))
+    command = documented_command(USAGE, "vllm bench serve", MODEL=model_path(SMOL), FILE=str(prompts), vllm=str(VLLM))
     output = run(*command, "--base-url", server_url, "--num-prompts", "2")
     assert re.search(r"Successful requests:\s+2", output)
 
 
 def test_demo(tmp_path):
-    options = ["--model", model_path(SMOL), "--num-prompts", "2", "--max-tokens", "16", "--kernel-size", "4"]
-    options += ["--arms", "lossless", "threshold-coarse"]
-    output = run(sys.executable, EXAMPLES / "demo" / "run.py", *options, "--output", tmp_path)
+    """The command of the README, smaller. The environment that it would make is the one that runs this."""
+    options = f"--num-prompts 2 --max-tokens 16 --kernel-size 4 --arms lossless threshold-coarse --output {tmp_path}"
+    places = [f"VENV={sys.prefix}", f"MODEL={model_path(SMOL)}", f"ARGS={options}"]
+    output = run(*readme_command("make demo"), "--old-file=setup", *places)
     assert "vLLM alone" in output
     assert (tmp_path / "demo.png").stat().st_size > 0
     report = json.loads((tmp_path / "demo.json").read_text())

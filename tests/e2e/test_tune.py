@@ -15,6 +15,7 @@ import pytest
 from support.engine_host import runner_environment
 from support.prompts import random_prompts
 from support.real_models import OWN_QUESTIONS, SMOL, model_path
+from support.snippets import readme_command
 from support.tiny_models import build
 
 from vllm_sirius.config import SiriusConfig
@@ -158,9 +159,11 @@ def children_of(process_id):
 
 
 def test_an_interruption_ends_the_engine_and_says_what_is_lost(prompts, tmp_path):
+    """The command of the README, as far as its first engine; `test_one_draft` goes on to the end."""
     log = tmp_path / "stderr"
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')\n")
-    command = [COMMAND, "tune", model_path(SMOL), "--prompts", str(prompts)]
+    places = {"vllm-sirius": COMMAND, "MODEL": model_path(SMOL), "FILE": str(prompts)}
+    command = readme_command("vllm-sirius tune", **places)
     with log.open("wb") as stderr:
         # A test run in the background may ignore SIGINT, which children inherit.
         process = subprocess.Popen(

@@ -5,7 +5,9 @@ Installing vLLM takes gigabytes, so every package of the environment that runs t
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from support.real_models import ROOT
+from support.snippets import INSTALLING, documented_command, readme_command
 
 OWN_OR_REPAIRED = ("vllm-", "vllm_sirius", "__editable__", "torchvision", "torchaudio", "torchcodec")
+COMPILERS = ("gcc", "g++", "c++", "clang")
 TIMEOUT = 300
 
 
@@ -32,13 +36,23 @@ class WheelEnvironment:
         for entry in Path(sysconfig.get_path("purelib")).iterdir():
             if not entry.name.startswith(OWN_OR_REPAIRED):
                 (self.packages / entry.name).symlink_to(entry)
-        pip = ("-m", "pip", "--disable-pip-version-check")
-        offline = ("--no-deps", "--no-index", "--no-build-isolation")
-        wheels = folder / "wheels"
-        build = [sys.executable, *pip, "wheel", "--quiet", *offline, "--wheel-dir", wheels, self._sources(folder)]
-        subprocess.run(build, check=True, timeout=TIMEOUT)
-        (wheel,) = wheels.glob("*.whl")
-        self.run("python", *pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)).check_returncode()
+        sources = self._sources(folder)
+        self.installed = self._pip(sources, *readme_command("pip install"))
+        self._pip(sources, *documented_command(INSTALLING, "pip wheel"))
+        (wheel,) = sources.glob("*.whl")
+        requirement = "vllm-sirius[cpu] @ file:///PATH/vllm_sirius-0.1.0-py3-none-any.whl"
+        place = {requirement: f"vllm-sirius[cpu] @ {wheel.as_uri()}"}
+        command = documented_command(INSTALLING, f'pip install "{requirement}"', **place)
+        self.installed += self._pip(sources, *command, "--force-reinstall")
+        shutil.rmtree(sources)
+
+    def _pip(self, sources: Path, *command: str) -> str:
+        """What pip says; it installs no dependencies, since they are there."""
+        assert command[0] == "pip"
+        offline = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
+        done = self.run("python", "-m", *command, *offline, folder=sources)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
     def _sources(self, folder: Path) -> Path:
         """A copy, because building leaves folders beside the sources."""
@@ -69,13 +83,28 @@ class WheelEnvironment:
         """Whether a package is installed."""
         return any(self.packages.glob(f"{name}-*.dist-info"))
 
-    def run(self, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs a program of the environment, in a folder without modules."""
+    def hide_compilers(self) -> dict[str, str]:
+        """Variables with which programs of the environment find all that is on the path but for compilers."""
+        folder = self.folder / "without_compilers"
+        if not folder.exists():
+            folder.mkdir()
+            for entry in (
+                entry for part in os.get_exec_path() if Path(part).is_dir() for entry in Path(part).iterdir()
+            ):
+                place = folder / entry.name
+                if not any(name in entry.name for name in COMPILERS) and entry.name != "cc" and not place.is_symlink():
+                    place.symlink_to(entry)
+        return {"PATH": str(folder), "CC": "", "CXX": ""}
+
+    def run(
+        self, program: str, *arguments: str, folder: Path | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program of the environment, in a folder without modules or in the one given."""
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
         return subprocess.run(
             [self.folder / "bin" / program, *arguments],
             env={**kept, **variables},
-            cwd=self.folder,
+            cwd=folder or self.folder,
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
@@ -84,7 +113,5 @@ class WheelEnvironment:
 
     def doctor(self, *arguments: str, **variables: str) -> tuple[int, Any, str]:
         """Status, report and standard error of ``vllm-sirius doctor --json``."""
-        import json
-
         found = self.run("vllm-sirius", "doctor", "--json", *arguments, **variables)
         return found.returncode, json.loads(found.stdout) if found.stdout else None, found.stderr
