@@ -62,6 +62,13 @@ def test_the_layout_names_what_is_there():
     assert [name for name in named if not (ROOT / name).exists()] == []
     rooms = {f"vllm_sirius/{path.parent.name}/" for path in ROOT.glob("vllm_sirius/*/__init__.py")}
     assert rooms <= set(named)
-    steps = re.findall(r"`(vllm_sirius/\S+\.py)`", text)
-    assert len(steps) >= 6
-    assert [name for name in steps if not (ROOT / name).is_file()] == []
+
+
+def test_each_hop_of_one_step_is_a_function_of_its_file():
+    hops = re.findall(r"^\|[^|]*\| `(\S+\.py)` \| `(\w+)` \|", LAYOUT.read_text(), flags=re.MULTILINE)
+    assert len(hops) >= 10
+    for file, function in hops:
+        source = (ROOT / "vllm_sirius" / file).read_text()
+        assert re.search(rf"^\s*def {function}\(", source, flags=re.MULTILINE), (file, function)
+    named = re.findall(r"`([\w/]+\.py)`", LAYOUT.read_text().partition("## One step")[2])
+    assert [name for name in named if not (ROOT / "vllm_sirius" / name).is_file()] == []
