@@ -74,7 +74,7 @@ def _version_mismatch() -> str | None:
         return None
     return (
         f"this release of vllm-sirius supports vLLM {TARGET_VLLM_VERSION}, and vLLM {found} is installed: install the pair "
-        f"named in the README's compatibility table, or set {ALLOW_UNTESTED}=1 to try it."
+        f"named in the README under 'Compatibility and limits', or set {ALLOW_UNTESTED}=1 to try it."
     )
 
 

@@ -437,8 +437,8 @@ def test_request_options_are_judged_for_sirius_alone(behaviour):
 @pytest.mark.parametrize(
     ("cause", "words"),
     [
-        ("version", ["supports vLLM 9.9.9", "compatibility table", "SIRIUS_ALLOW_UNTESTED"]),
-        ("fingerprint", ["spec_decode:init_speculator is not the one", "compatibility table"]),
+        ("version", ["supports vLLM 9.9.9", "Compatibility and limits", "SIRIUS_ALLOW_UNTESTED"]),
+        ("fingerprint", ["spec_decode:init_speculator is not the one", "Compatibility and limits"]),
     ],
 )
 def test_where_nothing_fits_nothing_is_installed_and_the_reason_waits_for_sirius(cause, words):

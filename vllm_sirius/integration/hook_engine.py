@@ -84,7 +84,7 @@ def resolve(target: str) -> tuple[Any, str, Any]:
     except (ImportError, AttributeError) as error:
         raise SiriusIntegrationError(
             f"vLLM has no {target}: this release of vllm-sirius does not fit the installed vLLM; install the pair named in "
-            "the README's compatibility table."
+            "the README, under 'Compatibility and limits'."
         ) from error
 
 
@@ -185,7 +185,7 @@ def _check_upstream(hook: Hook, stored: Any) -> None:
         raise SiriusIntegrationError(_replaced(hook, function))
     raise SiriusIntegrationError(
         f"{hook.target} is not the one vllm-sirius was written for (source {found}, expected {hook.fingerprint}): another "
-        "plugin may have changed it, or vLLM was modified; install the pair named in the README's compatibility table."
+        "plugin may have changed it, or vLLM was modified; install the pair named in the README under 'Compatibility and limits'."
     )
 
 
