@@ -146,7 +146,7 @@ def test_no_more_is_promised_than_the_bytes_allow(draft):
 
 
 def test_passes_of_one_request_are_measured_on_a_slow_machine_too():
-    """A target step of half a second once was the only one; a check then seemed to cost sixteen."""
+    """A target step of half a second once was the only one; a verification pass then seemed to cost sixteen."""
     machine = Machine(0.5)
     found = machine.measure()
     assert {1, 2, 4, 8, 16} <= {int(size) for size in found.target.as_dict()}

@@ -1,7 +1,7 @@
 """Which engine set-ups Sirius can serve, and the worker that serves them. Attaches to ``vllm.config.VllmConfig``.
 
 Everything here runs in the process that starts the engine, before any weight is read. What only the model's modules can
-tell is checked in the worker, after they are built and before their weights load (`ffn.locate`).
+tell is checked in the worker, after they are built and before their weights load (`draft.locate`).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ RULES: tuple[Rule, ...] = (
     (
         lambda c: current_platform.is_cpu() and c.model_config.use_mla,
         (
-            "use_mla={value} on CPU: vLLM's latent attention (MLA) gives other answers there when several tokens are checked at "
+            "use_mla={value} on CPU: vLLM's latent attention (MLA) gives other answers there when several tokens are verified at "
             "once, with any speculative method; drop the speculative config for this model."
         ),
     ),

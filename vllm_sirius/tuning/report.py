@@ -110,7 +110,7 @@ def format_table(drafts: Sequence[MeasuredDraft], max_kernel_size: int) -> str:
     Returns:
         Lines for a terminal of 110 columns.
     """
-    header = f"{'draft':24}{'draft cost':>11}{f'check of {max_kernel_size}':>13}"
+    header = f"{'draft':24}{'draft cost':>11}{f'verifying {max_kernel_size}':>14}"
     header += "".join(f"{f'predicted, {RULE_TITLES[rule]}':>30}" for rule in RULES)
     lines = [header, "-" * len(header)]
     for measured in drafts:
@@ -118,15 +118,15 @@ def format_table(drafts: Sequence[MeasuredDraft], max_kernel_size: int) -> str:
             lines.append(f"{measured.draft.title:24}{'left out':>11}")
             continue
         longest = measured.predictions[RULES[0]][-1]
-        line = f"{measured.draft.title:24}{longest.draft_cost:>11.2f}{longest.verify_cost:>13.2f}"
+        line = f"{measured.draft.title:24}{longest.draft_cost:>11.2f}{longest.verify_cost:>14.2f}"
         for rule in RULES:
             found = best(measured.predictions[rule])
             cell = f"{found.speedup:.2f}x at {found.kernel_size} (accepts {found.acceptance_length:.1f})"
             line += f"{cell:>30}"
         lines.append(line)
     lines.append(
-        "Costs in one-token steps of vLLM alone; 'at' is the kernel size, 'accepts' the mean tokens per check at it. Where the "
-        f"default draft is within {PREDICTION_ERROR:.0%} of the best, it is the one that is put to the test."
+        "Costs in one-token steps of vLLM alone; 'at' is the kernel size, 'accepts' the mean tokens per verification pass at it. "
+        f"Where the default draft is within {PREDICTION_ERROR:.0%} of the best, it is the one that is put to the test."
     )
     return "\n".join(lines)
 
