@@ -16,8 +16,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from benchmarks.gpu import glue  # noqa: E402
-from vllm_sirius import acceptance_triton  # noqa: E402
-from vllm_sirius.kernels.triton import kernels, projection, selection, statistics, streaming, tuning  # noqa: E402
+from vllm_sirius.kernels.triton import (  # noqa: E402
+    acceptance,
+    kernels,
+    projection,
+    selection,
+    statistics,
+    streaming,
+    tuning,
+)
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes that a program may have, by compute capability."""
@@ -138,7 +145,7 @@ def test_other_kernels_compile(capability: int) -> None:
     for block_tokens in (16, 64):
         constants = {"block_tokens": block_tokens, "block_neurons": 64}
         compile_for(capability, statistics.add_shares_kernel, constants)
-    compile_for(capability, acceptance_triton.pick_tokens_kernel, {"block": 16}, warps=1)
+    compile_for(capability, acceptance.pick_tokens_kernel, {"block": 16}, warps=1)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
