@@ -1,21 +1,19 @@
 """The hooks fit the installed vLLM, the ledger says what they are, and nobody else notices them.
 
-vLLM is imported in child processes only: `ask` runs one of this file's `probe_*` functions there and returns what it found.
+vLLM is imported in other processes only: `ask` runs one of this file's `probe_*` functions there and returns what it found.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
-import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import get_args
 
 import pytest
+from support.engine_host import Child, runner_environment
 from support.real_models import ROOT, SMOL, model_path
 
 LEDGER = ROOT / "patches" / "README.md"
@@ -25,23 +23,20 @@ PROCESSES = {
     "worker": "worker of an engine with Sirius on Model Runner V1",
 }
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-TIMEOUT = 600
 
 
 def ask(probe, *arguments, environment=None, patched_copy=None):
-    """Runs a probe of a test file in a process of its own, on the installed vLLM or on the copy in a folder."""
-    folders = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    """Runs a probe of a test file in a process of its own, on the installed vLLM or on the copy in a folder.
+
+    vLLM is imported there and nothing of the plugin's, as in a program that begins with ``from vllm import LLM``.
+    """
+    server = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
+    server |= {"PYTHONPATH": runner_environment("v1")["PYTHONPATH"], "VLLM_LOGGING_LEVEL": "ERROR"}
     if patched_copy is not None:
-        folders.insert(0, str(patched_copy))
-    variables = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
-    variables |= {"PYTHONPATH": os.pathsep.join(folders), "VLLM_LOGGING_LEVEL": "ERROR", **(environment or {})}
-    module = probe.__module__
-    code = f"import json, {module}; print('FOUND ' + json.dumps({module}.{probe.__name__}(*{arguments!r})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))[6:])
+        server["PYTHONPATH"] = os.pathsep.join([str(patched_copy), server["PYTHONPATH"]])
+    variables = {**server, **(environment or {})}
+    with Child(variables, server={**server, "PYTHONPATH": variables["PYTHONPATH"]}) as child:
+        return child.call(f"{inspect.getfile(probe)}:{probe.__name__}", *arguments)
 
 
 def is_constant(stored):

@@ -1,8 +1,5 @@
 """Which scheduler an engine gets, and that Sirius's schedulers stand on vLLM's. CPU engines never schedule async, GPUs do."""
 
-import os
-from pathlib import Path
-
 import pytest
 from support.engine_host import runner_environment
 from support.real_models import SMOL, model_path
@@ -63,12 +60,6 @@ def probe_observations(steps):
     return found
 
 
-def on(runner):
-    """Variables of a process whose engines use a model runner."""
-    variables = runner_environment(runner)
-    return {**variables, "PYTHONPATH": os.pathsep.join([variables["PYTHONPATH"], str(Path(__file__).parent)])}
-
-
 CASES = {
     # options, whether scheduling is async, the user's scheduler class
     "sync": (SIRIUS, False, None),
@@ -86,7 +77,7 @@ def probe_schedulers(model, cases):
 
 @pytest.fixture(scope="module")
 def on_v2():
-    return ask(probe_schedulers, model_path(SMOL), CASES, environment=on("v2"))
+    return ask(probe_schedulers, model_path(SMOL), CASES, environment=runner_environment("v2"))
 
 
 @pytest.mark.parametrize("case", ["sync", "async"])
@@ -108,7 +99,7 @@ def test_the_scheduler_stays_vllms_where_it_need_not_choose(on_v2, case):
 
 
 def test_on_model_runner_v1_the_worker_chooses():
-    found = ask(probe_scheduler, model_path(SMOL), SIRIUS, environment=on("v1"))
+    found = ask(probe_scheduler, model_path(SMOL), SIRIUS, environment=runner_environment("v1"))
     assert (found["class"], found["lengths"], found["schedule"]) == ("Scheduler", None, None)
 
 
@@ -122,7 +113,7 @@ def test_only_steps_of_one_length_are_timed():
         {"drafts": {}, "scheduled": {"a": 1}, "sampled": {"a": 1}, "length": 0},
         {**steady, "sampled": {"a": 1}},  # b was aborted
     ]
-    found = ask(probe_observations, steps, environment=on("v1"))
+    found = ask(probe_observations, steps, environment=runner_environment("v1"))
     both = ["verdicts", [3, 1], [3, 3]]
     assert found == [
         both,

@@ -4,21 +4,22 @@ An engine leaves global state behind (thread binding, distributed groups, compil
 pytest's process. `EngineHost` starts one child that builds engines one after the other, in-process (no engine core of its
 own), which lets probes read the model runner, its modules and its KV pages.
 
-The child runs this file; commands and answers are JSON lines on its standard input and output. Model Runner V2 needs Triton:
-its kernels run in Triton's interpreter (`v2_on_cpu`), which makes a step cost most of a second.
+The child is `engine_child`, forked from a process that has imported vLLM (`fork_server`); commands and answers are JSON lines
+on its standard input and output. Model Runner V2 needs Triton: its kernels run in Triton's interpreter (`v2_on_cpu`), which
+makes a step of a model of many words cost most of a second.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from support.fork_server import ForkServer
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -70,11 +71,61 @@ class Generation:
         return 1 + self.num_accepted_tokens / self.num_drafts
 
 
-class EngineHost:
+class Child:
+    """A forked process that answers commands (`engine_child`).
+
+    Args:
+        environment: All its variables, which it gets after vLLM was imported; see `fork_server`.
+        server: Variables of the server it is forked from, if they are others.
+    """
+
+    def __init__(self, environment: dict[str, str], server: dict[str, str] | None = None) -> None:
+        child_reads, self._commands = (os.fdopen(handle, mode) for handle, mode in zip(os.pipe(), "rw", strict=True))
+        self._answers, child_writes = (os.fdopen(handle, mode) for handle, mode in zip(os.pipe(), "rw", strict=True))
+        with child_reads, child_writes:
+            forking = ForkServer.of(server or environment)
+            self._child = forking.spawn(environment, child_reads.fileno(), child_writes.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the child."""
+        with contextlib.suppress(BrokenPipeError):  # what an ended child did not read
+            self._commands.close()
+        self._answers.close()
+        self._child.wait(timeout=60)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Calls ``function(*arguments)`` in the child.
+
+        Args:
+            function: ``"path:name"``, by path of a Python file.
+            arguments: JSON values.
+        """
+        return self._ask({"do": "call", "function": function, "arguments": arguments})["value"]
+
+    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):  # of a child that ended, whose status is told below
+            self._commands.write(json.dumps(command) + "\n")
+            self._commands.flush()
+        for line in self._answers:
+            if line.startswith("ANSWER "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+                if "error" in answer:
+                    raise EngineError(answer["error"])
+                return answer
+        raise EngineError(f"the engine's process ended with status {self._child.wait(timeout=60)}")
+
+
+class EngineHost(Child):
     """A child process with at most one engine at a time.
 
     Args:
-        environment: Variables added to the child's environment.
+        environment: Variables added to the child's environment, which it gets after vLLM was imported.
         runner: Model runner of the child's engines.
     """
 
@@ -86,27 +137,8 @@ class EngineHost:
             "VLLM_LOGGING_LEVEL": "ERROR",
             **EXACT_FLOAT32,
             **runner_environment(runner),
-            **(environment or {}),
         }
-        self._child = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=variables,
-            text=True,
-        )
-
-    def __enter__(self) -> EngineHost:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the child."""
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.wait(timeout=60)
+        super().__init__({**variables, **(environment or {})}, server=variables)
 
     def generate(
         self,
@@ -143,144 +175,3 @@ class EngineHost:
     def probe_static(self, function: str, **arguments: Any) -> Any:
         """Calls ``function(**arguments)`` in the child, without an engine."""
         return self._ask({"do": "probe_static", "function": function, "arguments": arguments})["value"]
-
-    def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        self._child.stdin.write(json.dumps(command) + "\n")
-        self._child.stdin.flush()
-        for line in self._child.stdout:
-            if line.startswith("ANSWER "):
-                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-                if "error" in answer:
-                    raise EngineError(answer["error"])
-                return answer
-        raise EngineError(f"the engine's process ended with status {self._child.wait(timeout=60)}")
-
-
-class _Child:
-    """The loop of the child process."""
-
-    def __init__(self) -> None:
-        self.options: dict[str, Any] | None = None
-        self.llm: Any = None
-
-    def engine(self, options: dict[str, Any]) -> Any:
-        if options != self.options:
-            self._drop()
-            from vllm import LLM
-
-            if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
-                _spare_the_interpreter()
-
-            defaults = {
-                "dtype": "float32",
-                "enforce_eager": True,
-                "max_model_len": 512,
-                "max_num_seqs": 8,
-                "kv_cache_memory_bytes": 256 << 20,
-                "disable_log_stats": False,
-                "enable_prefix_caching": False,
-            }
-            self.llm = LLM(**{**defaults, **options})
-            self.options = options
-        return self.llm
-
-    def _drop(self) -> None:
-        """Also after an engine that failed to start, which leaves its distributed groups behind.
-
-        vLLM collects garbage a dozen times while it builds an engine. Freezing what is left of the last one, above all
-        vLLM's modules, makes that several times faster; the clean-up unfreezes everything, so no engine stays in memory.
-        """
-        import gc
-
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self.options = self.llm = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        gc.freeze()
-
-    def generate(self, command: dict[str, Any]) -> dict[str, Any]:
-        from vllm import SamplingParams
-
-        from vllm_sirius.metrics import read_counts
-
-        llm = self.engine(command["engine"])
-        given = command["sampling"]
-        many = given if isinstance(given, list) else [given] * len(command["prompts"])
-        params = [SamplingParams(**{"temperature": 0.0, **_structured(one)}) for one in many]
-        prompts = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in command["prompts"]]
-        before = read_counts(llm.get_metrics())
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        counts = read_counts(llm.get_metrics()).since(before)
-        completions = []
-        for output in outputs:
-            first = output.outputs[0]
-            logprobs = None
-            if first.logprobs is not None:
-                logprobs = [row[t].logprob for row, t in zip(first.logprobs, first.token_ids, strict=True)]
-            completions.append(
-                {
-                    "token_ids": list(first.token_ids),
-                    "text": first.text,
-                    "finish_reason": first.finish_reason,
-                    "stop_reason": first.stop_reason,
-                    "logprobs": logprobs,
-                }
-            )
-        return {
-            "completions": completions,
-            "num_drafts": counts.num_drafts,
-            "num_draft_tokens": counts.num_draft_tokens,
-            "num_accepted_tokens": counts.num_accepted_tokens,
-        }
-
-    def probe(self, command: dict[str, Any]) -> dict[str, Any]:
-        module, _, name = command["function"].partition(":")
-        function = getattr(importlib.import_module(module), name)
-        return {"value": function(self.engine(command["engine"]), **command["arguments"])}
-
-    def probe_static(self, command: dict[str, Any]) -> dict[str, Any]:
-        module, _, name = command["function"].partition(":")
-        return {"value": getattr(importlib.import_module(module), name)(**command["arguments"])}
-
-    def probe_config(self, command: dict[str, Any]) -> dict[str, Any]:
-        from vllm.engine.arg_utils import EngineArgs
-
-        try:
-            EngineArgs(**command["engine"]).create_engine_config()
-        except ValueError as error:
-            return {"value": str(error)}
-        return {"value": None}
-
-
-def _spare_the_interpreter() -> None:
-    """Top-k and top-p by PyTorch: vLLM's kernel for them loops in a way that Triton's interpreter does not know."""
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    topk_topp_sampler.HAS_TRITON = False
-
-
-def _structured(sampling: dict[str, Any]) -> dict[str, Any]:
-    """Lets JSON name a grammar: ``{"structured_outputs": {"json": ...}}``."""
-    if "structured_outputs" not in sampling:
-        return sampling
-    from vllm.sampling_params import StructuredOutputsParams
-
-    return {**sampling, "structured_outputs": StructuredOutputsParams(**sampling["structured_outputs"])}
-
-
-def _main() -> None:
-    child = _Child()
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            answer = getattr(child, command.pop("do"))(command)
-        except Exception as error:  # noqa: BLE001 - whatever the engine raises is the test's to judge
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print("ANSWER " + json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    _main()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from support.engine_child import unfreeze
 from vllm_sirius.drafting.prompt_lookup import PromptLookup
 from vllm_sirius.pacing.costs import ENOUGH, CostCurve, StepCosts
 from vllm_sirius.pacing.policy import DraftPolicy
@@ -364,7 +365,7 @@ def watched_and_alive() -> list[str]:
     failed = getattr(audio, "_torchcodec_import_exc", None)
     if failed is not None:
         failed.__traceback__ = None
-    gc.unfreeze()
+    unfreeze()
     gc.collect()
     gc.collect()  # the first one ends the engine, which lets its compiled modules go
     return [name for name, thing in WATCHED.items() if thing() is not None]
