@@ -55,21 +55,17 @@ def test_costs_are_measured_and_can_be_asked_for(host):
     assert costs["target_seconds"][largest] > costs["target_seconds"]["1"]
 
 
-def by_batch(**options):
-    sirius = {"method": "sirius", "kernel_size": 8, "sparsity": "coarse", **options}
-    return {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 2, "speculative_config": sirius}
-
-
 @only_v2
-def test_the_scheduler_chooses_a_length_for_the_batch(host):
-    prompts = mixed_prompts(SMOL, 2)
-    alone = {key: value for key, value in by_batch().items() if key != "speculative_config"}
+def test_the_scheduler_chooses_a_length_for_the_batch(host, subject):
+    prompts = subject.mixed_prompts(2)
+    alone = {"model": subject.model, "max_model_len": 512, "max_num_seqs": 2}
+    by_batch = {**alone, "speculative_config": {"method": "sirius", "kernel_size": 8, "sparsity": "coarse"}}
     reference = host.generate(alone, prompts, SAMPLING).token_ids
-    found = host.generate(by_batch(), prompts, SAMPLING)
+    found = host.generate(by_batch, prompts, SAMPLING)
     assert found.token_ids == reference
     # Some steps are spent on measuring lengths of 0 and 7, so drafts are shorter than 7 on average.
     assert 0 < found.num_draft_tokens < 7 * found.num_drafts
-    report = host.probe(by_batch(), "support.probes:lengths_by_batch")
+    report = host.probe(by_batch, "support.probes:lengths_by_batch")
     assert report["scheduler"] == "SiriusScheduler"
     assert {"0", "7"} <= set(report["seconds"]["1"])
     assert all(seconds > 0 for load in report["seconds"].values() for seconds in load.values())

@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 from support.engine_host import EngineHost
-from support.real_models import SMOL, mixed_prompts, model_path
-from support.tiny_models import build
+from support.real_models import SMOL, model_path
 
 SAMPLING = {"max_tokens": 16, "ignore_eos": True}
 BASE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4}
@@ -13,10 +12,10 @@ SCHEDULE = "num_speculative_tokens_per_batch_size"
 SIRIUS = {"method": "sirius", "sparsity": "coarse", "kernel_size": 8, "adaptive": False}
 
 
-def test_draft_length_follows_the_batch_size(host):
-    prompts = mixed_prompts(SMOL, 3)
-    reference = host.generate(BASE, prompts, SAMPLING).token_ids
-    engine = {**BASE, "speculative_config": {**SIRIUS, SCHEDULE: [[1, 1, 5], [2, 8, 0]]}}
+def test_draft_length_follows_the_batch_size(host, subject):
+    prompts, plain = subject.mixed_prompts(3), {**BASE, "model": subject.model}
+    reference = host.generate(plain, prompts, SAMPLING).token_ids
+    engine = {**plain, "speculative_config": {**SIRIUS, SCHEDULE: [[1, 1, 5], [2, 8, 0]]}}
     together = host.generate(engine, prompts, SAMPLING)
     assert together.token_ids == reference
     assert together.num_drafts == together.num_accepted_tokens == 0
@@ -46,16 +45,11 @@ def test_drawn_drafts_are_refused_where_they_cannot_be_drawn(host_v1):
     assert "draft_sampling='probabilistic' on Model Runner V1" in answer
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    return str(build("llama", tmp_path_factory.getbasetemp().parent / "tiny-models"))
-
-
 DRAWN = {**SIRIUS, "kernel_size": 3, "draft_sampling": "probabilistic"}
 
 
 def test_greedy_requests_are_drafted_greedily_among_drawn_ones_v2(tiny_model):
-    engine = {"model": tiny_model, "max_model_len": 64, "max_num_seqs": 4}
+    engine = {"model": tiny_model("llama"), "max_model_len": 64, "max_num_seqs": 4}
     prompts = [[5, 9, 17], [4, 8], [30, 31, 32]]
     sampling = [SAMPLING, {**SAMPLING, "temperature": 0.6, "seed": 1}, SAMPLING]
     with EngineHost(runner="v2") as host:
@@ -71,7 +65,7 @@ def test_greedy_requests_are_drafted_greedily_among_drawn_ones_v2(tiny_model):
 @pytest.mark.slow
 def test_drawn_drafts_keep_the_targets_distribution_v2(tiny_model):
     """Frequencies of tokens that went through drafts are as close to plain decoding as another plain sample is."""
-    engine = {"model": tiny_model, "max_model_len": 64, "max_num_seqs": 64}
+    engine = {"model": tiny_model("llama"), "max_model_len": 64, "max_num_seqs": 64}
     prompts = [[5, 9, 17]] * NUM_SAMPLES
     seeded = [
         [{"max_tokens": 3, "temperature": 0.6, "seed": first + i, "ignore_eos": True} for i in range(NUM_SAMPLES)]

@@ -1,7 +1,6 @@
 """Correction and rollback, on the pages themselves: the K/V of accepted positions is what dense decoding writes."""
 
 import pytest
-from support.real_models import SMOL, mixed_prompts, model_path
 
 SAMPLING = {"max_tokens": 40, "ignore_eos": True}
 BLOCK = 32
@@ -12,12 +11,14 @@ BATCH = 4
 KERNEL = 8
 
 
-PLAIN = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": BATCH, "block_size": BLOCK}
+@pytest.fixture(scope="module")
+def plain(subject):
+    return {"model": subject.model, "max_model_len": 512, "max_num_seqs": BATCH, "block_size": BLOCK}
 
 
-def sparse(**options):
+def sparse(plain, **options):
     fixed = {"method": "sirius", "sparsity": "coarse", "kernel_size": KERNEL, "adaptive": False}
-    return {**PLAIN, "speculative_config": {**fixed, **options}}
+    return {**plain, "speculative_config": {**fixed, **options}}
 
 
 def record(host, engine, prompts, sampling=SAMPLING):
@@ -29,19 +30,19 @@ def compare(host, engine, first, second):
 
 
 @pytest.fixture(scope="module")
-def prompts():
-    return mixed_prompts(SMOL, BATCH)
+def prompts(subject):
+    return subject.mixed_prompts(BATCH)
 
 
 @pytest.fixture(scope="module")
-def dense(host, prompts):
+def dense(host, plain, prompts):
     """What dense decoding answers and writes."""
-    return record(host, PLAIN, prompts)
+    return record(host, plain, prompts)
 
 
 @pytest.mark.parametrize("sparsity", ["coarse", "fine"])
-def test_accepted_positions_hold_dense_kv_in_a_ragged_batch(host, prompts, dense, sparsity):
-    engine = sparse(sparsity=sparsity)
+def test_accepted_positions_hold_dense_kv_in_a_ragged_batch(host, plain, prompts, dense, sparsity):
+    engine = sparse(plain, sparsity=sparsity)
     found = record(host, engine, prompts)
     assert found["token_ids"] == dense["token_ids"]
     assert found["steps"] < dense["steps"]
@@ -54,12 +55,12 @@ def test_accepted_positions_hold_dense_kv_in_a_ragged_batch(host, prompts, dense
     assert found["changed"] <= TOLERANCE * result["size"]
 
 
-def test_threshold_drafts_are_rewritten_by_the_target(host, prompts):
+def test_threshold_drafts_are_rewritten_by_the_target(host, plain, prompts):
     """With every draft token accepted, pages that kept the draft's own K/V would be far from dense ones."""
-    found = record(host, sparse(threshold=0), prompts)
+    found = record(host, sparse(plain, threshold=0), prompts)
     # The dense engine reads the same text as a prompt and writes its K/V in one pass.
     texts = [prompt + tokens for prompt, tokens in zip(prompts, found["token_ids"], strict=True)]
-    dense = record(host, PLAIN, texts, {"max_tokens": 2, "ignore_eos": True})
-    result = compare(host, PLAIN, dense, found)
+    dense = record(host, plain, texts, {"max_tokens": 2, "ignore_eos": True})
+    result = compare(host, plain, dense, found)
     assert result["blocks"] * BLOCK >= sum(found["lengths"]) - len(prompts) * BLOCK
     assert result["worst"] <= TOLERANCE * result["size"]

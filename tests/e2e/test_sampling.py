@@ -6,12 +6,15 @@ random comes from a tiny model: the interpreter pays for each word of the vocabu
 """
 
 import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from support.lossless import generate_by_default
 from support.real_models import SMOL, chat_prompt, chat_prompts, model_path
 from support.runners import only_v1, v2_is_slow
-from support.tiny_models import build
+from support.tiny_models import FIRST_CHARACTER
 
 SIRIUS = {"method": "sirius", "sparsity": "coarse", "kernel_size": 8, "adaptive": False}
 DEFAULT = {"method": "sirius"}
@@ -42,12 +45,11 @@ def engine(options=None):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tiny_model):
     """Engine options of a tiny model, which has few words."""
-    path = str(build("llama", tmp_path_factory.getbasetemp().parent / "tiny-models"))
 
     def options(speculative=None):
-        base = {"model": path, "max_model_len": 128, "max_num_seqs": 8}
+        base = {"model": tiny_model("llama"), "max_model_len": 128, "max_num_seqs": 8}
         return base if speculative is None else {**base, "speculative_config": speculative}
 
     return options
@@ -178,33 +180,76 @@ def test_seeded_sampling_of_a_real_model_is_token_identical(host, prompts):
     assert found.token_ids == reference
 
 
-def test_logprobs_of_threshold_tokens_are_the_targets(host, prompts):
-    found = host.generate(engine(THRESHOLD_RULE), prompts[:1], threshold(0.05, max_tokens=16, logprobs=1))
+@dataclass(frozen=True)
+class Lax:
+    """An engine under the threshold rule, with a prompt and constraints that its greedy answer breaks."""
+
+    engine: dict
+    prompt: list[int]
+    threshold: float
+    grammar: dict
+    keeps_grammar: Callable
+    bad_words: list[str]
+    never: list[str]
+    stop: int
+
+
+@pytest.fixture(scope="module")
+def lax(host, request, tiny):
+    """On SmolLM2; on Model Runner V2 on a tiny model."""
+    if host.runner == "v1":
+        prompts, greedy = map(request.getfixturevalue, ("prompts", "greedy"))
+        return Lax(
+            engine=engine(THRESHOLD_RULE),
+            prompt=prompts[0],
+            threshold=0.05,
+            grammar=GRAMMAR,
+            keeps_grammar=lambda text: set(json.loads(text)) == {"name", "age"},
+            bad_words=BAD_WORDS,
+            never=[" the "],
+            stop=greedy[0][3],
+        )
+    greedy = host.generate(tiny(), TINY_PROMPTS[:1], {"max_tokens": 24, "ignore_eos": True}).token_ids[0]
+    words = [chr(FIRST_CHARACTER + token) for token in greedy if FIRST_CHARACTER + token < 127]
+    return Lax(
+        engine=tiny(THRESHOLD_RULE),
+        prompt=TINY_PROMPTS[0],
+        threshold=0.3,
+        grammar={"max_tokens": 20, "structured_outputs": {"regex": "[a-c]{3}[0-9]{4}"}},
+        keeps_grammar=re.compile("[a-c]{3}[0-9]{4}").fullmatch,
+        bad_words=words,
+        never=words,
+        stop=greedy[3],
+    )
+
+
+def test_logprobs_of_threshold_tokens_are_the_targets(host, lax):
+    found = host.generate(lax.engine, [lax.prompt], threshold(lax.threshold, max_tokens=16, logprobs=1))
     text, logprobs = found.token_ids[0], found.completions[0].logprobs
     assert logprobs is not None
     assert all(value <= 0 for value in logprobs)
     # The target's own continuations of the text's beginnings: a draft of nothing needs no plain engine.
     off = {"max_tokens": 1, "logprobs": 20, "extra_args": {"sirius": "off"}}
-    scored = host.generate(engine(THRESHOLD_RULE), [prompts[0] + text[:i] for i in range(8)], off)
+    scored = host.generate(lax.engine, [lax.prompt + text[:i] for i in range(8)], off)
     same = [i for i in range(8) if scored.token_ids[i][0] == text[i]]
     assert len(same) >= 4
     for i in same:
         assert logprobs[i] == pytest.approx(scored.completions[i].logprobs[0], abs=2e-3)
 
 
-def test_accepting_everything_stays_within_what_a_request_allows(host, prompts, greedy):
+def test_accepting_everything_stays_within_what_a_request_allows(host, lax):
     """Threshold 0 accepts all that grammar, bad words and a least length leave."""
-    stop = greedy[0][3]
+    assert lax.never
     sampling = [
-        threshold(0.0, **GRAMMAR),
-        threshold(0.0, max_tokens=30, bad_words=BAD_WORDS),
-        threshold(0.0, max_tokens=30, min_tokens=20, stop_token_ids=[stop]),
+        threshold(0.0, **lax.grammar),
+        threshold(0.0, max_tokens=30, bad_words=lax.bad_words),
+        threshold(0.0, max_tokens=30, min_tokens=20, stop_token_ids=[lax.stop]),
     ]
-    found = host.generate(engine(THRESHOLD_RULE), [prompts[0]] * 3, sampling)
-    assert set(json.loads(found.completions[0].text)) == {"name", "age"}
-    assert " the " not in found.completions[1].text
+    found = host.generate(lax.engine, [lax.prompt] * 3, sampling)
+    assert lax.keeps_grammar(found.completions[0].text)
+    assert not any(words in found.completions[1].text for words in lax.never)
     assert len(found.token_ids[2]) >= 20
-    assert stop not in found.token_ids[2][:20]
+    assert lax.stop not in found.token_ids[2][:20]
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-__all__ = ["GATED", "MIXED", "REFUSED", "TINY_MODELS", "TinyModel", "build"]
+__all__ = ["FIRST_CHARACTER", "GATED", "MIXED", "REFUSED", "TINY_MODELS", "TinyModel", "build"]
 
 VOCAB_SIZE = 320
 """256 byte tokens, the special ones and fillers; a multiple of 64, to which vLLM pads."""
 PAD_ID, BOS_ID, EOS_ID = 256, 257, 258
+FIRST_CHARACTER = ord("!")
+"""Character of token 0; those of ASCII follow."""
 MAX_LEN = 512
 _HIDDEN = 64
 _SEED = 1
