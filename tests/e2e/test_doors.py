@@ -1,17 +1,16 @@
-"""All doors of configuration reach the same engine: flags, JSON, AsyncLLM, bench, serve, run-batch (runner v1)."""
+"""All doors of configuration reach the same engine: flags, JSON, AsyncLLM, bench, run-batch (runner v1).
 
-import contextlib
+`vllm serve` and its benchmark are in `test_examples`.
+"""
+
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from support.engine_host import EngineHost
 from support.real_models import SMOL, model_path
 
 TIMEOUT = 240
@@ -38,52 +37,18 @@ def vllm(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@contextlib.contextmanager
-def server(log: Path, *arguments: str):
-    """URL of a `vllm serve` on a free port of the loopback interface, which ends with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [VLLM, "serve", *arguments, "--host", "127.0.0.1", "--port", port]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment())
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, process, log)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def parse(doors, model):
+    """What the arguments of each door come to: class, draft length and options. Runs in a process of its own."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError):
-            time.sleep(1)
-    pytest.fail(f"no answer from /health within {TIMEOUT} s: {log.read_text()[-4000:]}")
-
-
-PARSE = """
-import json, sys
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-found = []
-for arguments in json.loads(sys.argv[1]):
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    given = parser.parse_args(["--model", sys.argv[2], *arguments])
-    config = AsyncEngineArgs.from_cli_args(given).create_engine_config().speculative_config
-    found.append([type(config).__name__, config.num_speculative_tokens, repr(getattr(config, "sirius", None))])
-print("FOUND " + json.dumps(found))
-"""
+    found = []
+    for arguments in doors:
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        given = parser.parse_args(["--model", model, *arguments])
+        config = AsyncEngineArgs.from_cli_args(given).create_engine_config().speculative_config
+        found.append([type(config).__name__, config.num_speculative_tokens, repr(getattr(config, "sirius", None))])
+    return found
 
 
 def test_flags_and_json_agree():
@@ -101,14 +66,8 @@ def test_flags_and_json_agree():
         ["--speculative-config.method", "sirius", "--speculative-config.preset", "paper", "--spec-tokens", "7"],
         ["--spec-method", "sirius", "--speculative-config", '{"preset": "paper", "kernel_size": 8}'],
     ]
-    run = subprocess.run(
-        [sys.executable, "-c", PARSE, json.dumps(doors + paper), model_path(SMOL)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=True,
-    )
-    found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("FOUND "))[6:])
+    with EngineHost() as host:
+        found = host.call(f"{__file__}:parse", doors + paper, model_path(SMOL))
     assert len(found) == len(doors) + len(paper)
     for agreeing, words in (
         (found[: len(doors)], ["kernel_size=8", "acceptance='lossless'"]),
@@ -178,23 +137,6 @@ def test_bench_throughput():
     run = vllm("bench", "throughput", "--model", model_path(SMOL), *COMMON, *MEMORY, *SHORT, *sizes)
     assert "Throughput:" in run.stdout, run.stderr[-3000:]
     assert STARTED in run.stdout + run.stderr
-
-
-def test_bench_serve(tmp_path):
-    log, report = tmp_path / "server.log", tmp_path / "report.json"
-    with server(log, model_path(SMOL), *COMMON, *MEMORY, *LEGACY) as url:
-        sizes = ["--dataset-name", "random", "--random-input-len", "16", "--random-output-len", "24"]
-        output = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", report.name]
-        options = ["--num-prompts", "4", "--ignore-eos", "--temperature", "0", *sizes, *output]
-        run = vllm("bench", "serve", "--base-url", url, "--model", model_path(SMOL), *options)
-        assert run.returncode == 0, run.stderr[-3000:]
-    assert STARTED in log.read_text()
-    found = json.loads(report.read_text())
-    assert (found["completed"], found["failed"]) == (4, 0)
-    assert found["total_output_tokens"] == 4 * 24
-    # The benchmark reads the server's counters of speculation before and after.
-    assert "Acceptance length" in run.stdout
-    assert 1.0 < found["spec_decode_acceptance_length"] <= 8.0
 
 
 def test_run_batch(tmp_path):

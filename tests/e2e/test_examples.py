@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,16 @@ def test_the_latency_benchmark_of_the_documentation():
     assert "Avg latency" in run(*command, *sizes, *KV_CACHE, EAGER)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server and what it has logged."""
+
+    url: str
+    log: Path
+
+
 @pytest.fixture(scope="module")
-def server_url(tmp_path_factory):
+def server(tmp_path_factory):
     """A server as the README starts it, on a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,23 +86,24 @@ def server_url(tmp_path_factory):
     command = readme_command("vllm serve MODEL --speculative-model", MODEL=model_path(SMOL), vllm=str(VLLM))
     log = tmp_path_factory.mktemp("server") / "server.log"
     with log.open("wb") as output:
-        server = subprocess.Popen(
+        process = subprocess.Popen(
             [*command, *KV_CACHE, EAGER, "--host", "127.0.0.1", "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
             cwd=ROOT,
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, server, log)
-        yield url
+        wait_until_healthy(url, process, log)
+        yield Server(url, log)
     finally:
-        server.terminate()
+        process.terminate()
         try:
-            server.wait(60)
+            process.wait(60)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            process.kill()
+            process.wait()
 
 
 def wait_until_healthy(url, server, log):
@@ -114,16 +124,17 @@ def counter(url, name):
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-def test_serve_and_client(server_url):
-    output = run(sys.executable, EXAMPLES / "serve_client.py", server_url)
+def test_serve_and_client(server):
+    output = run(sys.executable, EXAMPLES / "serve_client.py", server.url)
     answers = re.split(r"^--- .*$", output, flags=re.MULTILINE)[1:]
     assert len(answers) == 2
     assert all(answer.strip() for answer in answers)
-    assert counter(server_url, "vllm:spec_decode_num_drafts_total") > 0
+    assert counter(server.url, "vllm:spec_decode_num_drafts_total") > 0
+    assert "| kernel size 16, adaptive, lossless |" in server.log.read_text()
 
 
-def test_the_client_of_the_documentation(server_url, tmp_path):
-    program = documented_program(USAGE, "OpenAI(").replace("http://127.0.0.1:8000", server_url)
+def test_the_client_of_the_documentation(server, tmp_path):
+    program = documented_program(USAGE, "OpenAI(").replace("http://127.0.0.1:8000", server.url)
     script = tmp_path / "client.py"
     script.write_text(
         program.replace('"MODEL"', f'"{model_path(SMOL)}"') + "print(answer.choices[0].message.content)\n"
@@ -131,16 +142,44 @@ def test_the_client_of_the_documentation(server_url, tmp_path):
     assert run(sys.executable, script).strip()
 
 
-def test_the_server_benchmark_of_the_documentation(server_url, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [({"sirius": "off"}, 200, "choices"), ({"sirius": "perhaps"}, 400, "sirius='perhaps'")],
+    ids=["taken", "refused"],
+)
+def test_a_request_is_judged_by_the_server(server, options, status, words):
+    messages = [{"role": "user", "content": "Name a color."}]
+    body = {"model": model_path(SMOL), "messages": messages, "max_tokens": 8, "vllm_xargs": options}
+    request = urllib.request.Request(
+        f"{server.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            found = response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        found = error.code, error.read().decode()
+    assert found[0] == status, found
+    assert words in found[1]
+
+
+def test_the_server_benchmark_of_the_documentation(server, tmp_path):
     talk = [
         {"value": "What is the capital of France?"},
         {"value": "The capital of France is Paris, a city on the Seine."},
     ]
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps([{"conversations": talk}] * 2))
+    prompts, report = tmp_path / "prompts.json", tmp_path / "report.json"
+    prompts.write_text(json.dumps([{"conversations": talk}] * 4))
     command = documented_command(USAGE, "vllm bench serve", MODEL=model_path(SMOL), FILE=str(prompts), vllm=str(VLLM))
-    output = run(*command, "--base-url", server_url, "--num-prompts", "2")
-    assert re.search(r"Successful requests:\s+2", output)
+    sizes = ["--num-prompts", "4", "--sharegpt-output-len", "24", "--ignore-eos", "--temperature", "0"]
+    result = ["--save-result", "--result-dir", str(tmp_path), "--result-filename", report.name]
+    output = run(*command, "--base-url", server.url, *sizes, *result)
+    assert re.search(r"Successful requests:\s+4", output)
+    found = json.loads(report.read_text())
+    assert (found["completed"], found["failed"]) == (4, 0)
+    assert found["total_output_tokens"] == 4 * 24
+    # The benchmark reads the server's counters of speculation before and after.
+    assert "Acceptance length" in output
+    assert 1.0 < found["spec_decode_acceptance_length"] <= 16.0
 
 
 def test_demo(tmp_path):
