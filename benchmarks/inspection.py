@@ -10,8 +10,9 @@ from typing import Any
 from benchmarks.configurations import Configuration
 from benchmarks.errors import BenchmarkError
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.errors import SiriusError
 from vllm_sirius.measuring import memory
-from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
+from vllm_sirius.measuring.inspection import Inspection, inspect
 
 EXTRA_MEMORY = re.compile(r"extra memory ([\d.]+) MiB")
 """In the start-up line of Sirius."""
@@ -21,8 +22,8 @@ SCALES_SHARE = 1 / 8
 
 
 @functools.cache
-def doctor(model: str, options: str, dtype: str) -> dict[str, Any]:
-    """Asks `vllm-sirius doctor` about a model, in a process of its own.
+def inspected(model: str, options: str, dtype: str) -> Inspection:
+    """Looks at a model, once for each draft.
 
     Args:
         model: Path or hub name.
@@ -30,14 +31,14 @@ def doctor(model: str, options: str, dtype: str) -> dict[str, Any]:
         dtype: Type of the weights.
 
     Returns:
-        Its report.
+        What was found.
 
     Raises:
         BenchmarkError: If Sirius cannot serve the model here.
     """
     try:
-        return ask_doctor(model, json.loads(options), dtype)
-    except DoctorError as error:
+        return inspect(model, json.loads(options), dtype)
+    except SiriusError as error:
         raise BenchmarkError(f"--model {model}: {error}") from error
 
 
@@ -48,7 +49,7 @@ def draft_options(config: SiriusConfig | None) -> str:
         config: The options of an arm; ``None`` for an arm without Sirius.
 
     Returns:
-        JSON for `doctor`, the same for arms with the same draft.
+        JSON for `inspected`, the same for arms with the same draft.
     """
     if config is None:
         return "{}"
@@ -78,18 +79,18 @@ def copied_bytes(config: SiriusConfig, step_bytes: int, ffn_share: float) -> int
     return int(step_bytes * copied * bits / 16 * (1 + SCALES_SHARE))
 
 
-def extra_bytes(configuration: Configuration, inspection: dict[str, Any]) -> int:
+def extra_bytes(configuration: Configuration, inspection: Inspection) -> int:
     """Estimates what an arm's engine holds beside model and KV cache.
 
     Args:
         configuration: The arm.
-        inspection: What `doctor` says about the model.
+        inspection: What is known of the model.
 
     Returns:
         Bytes of copies, or of a draft model.
     """
     if configuration.sirius is not None:
-        return copied_bytes(configuration.sirius, inspection["step_bytes"], inspection["ffn_share"])
+        return copied_bytes(configuration.sirius, inspection.step_bytes, inspection.ffn_share)
     return memory.weight_file_bytes(str(configuration.speculative_config.get("model", "")))
 
 
@@ -106,7 +107,7 @@ def draft_density(configuration: Configuration, model: str, dtype: str, step_byt
         The part: 0 for methods that draft without weights, ``None`` where it is unknown.
     """
     if configuration.sirius is not None:
-        return float(doctor(model, draft_options(configuration.sirius), dtype)["draft_density"])
+        return inspected(model, draft_options(configuration.sirius), dtype).draft_density
     drafter = configuration.speculative_config.get("model")
     if drafter is None:
         return 0.0

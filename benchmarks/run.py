@@ -48,7 +48,7 @@ def plan_groups(what: BenchmarkSetting, arms: Sequence[Configuration]) -> list[l
         BenchmarkError: If an arm does not fit beside vLLM alone.
     """
     cache = what.engine["kv_cache_memory_bytes"]
-    step_bytes = what.inspection["step_bytes"]
+    step_bytes = what.inspection.step_bytes
     sizes = {
         arm.name: memory.engine_bytes(
             what.model, step_bytes, cache, inspection.extra_bytes(arm, what.inspection), arm.compiled

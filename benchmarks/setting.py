@@ -15,6 +15,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.prompts import Prompt
 from benchmarks.results import Result
 from vllm_sirius.config import MAX_KERNEL_SIZE
+from vllm_sirius.measuring.inspection import Inspection
 from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.side_by_side import engine_options, rounded_length
 
@@ -34,7 +35,7 @@ class BenchmarkSetting:
         name: Its name in results.
         arms: The arms, vLLM alone first.
         engine: Arguments of `vllm.LLM`, the same for all arms.
-        inspection: What `vllm-sirius doctor` says about the model.
+        inspection: What is known of the model.
         prompts: The prompts of each task.
         batches: Batch sizes.
         max_tokens: Most tokens per answer.
@@ -47,7 +48,7 @@ class BenchmarkSetting:
     name: str
     arms: list[Configuration]
     engine: dict[str, Any]
-    inspection: dict[str, Any]
+    inspection: Inspection
     prompts: dict[str, list[Prompt]]
     batches: list[int]
     max_tokens: int
@@ -135,7 +136,7 @@ def prepare(given: argparse.Namespace, with_prompts: bool = True) -> BenchmarkSe
         longest += max(len(prompt.token_ids) for each in found.values() for prompt in each)
     else:
         longest += given.input_tokens
-    report = inspection.doctor(given.model, inspection.draft_options(_first_sirius(arms)), given.dtype)
+    report = inspection.inspected(given.model, inspection.draft_options(_first_sirius(arms)), given.dtype)
     cache = given.kv_cache_memory_bytes or max(SMALLEST_CACHE_BYTES, batch_sizes[-1] * SEQUENCE_BYTES)
     # Room beyond the last token, so that the end of the context cuts no draft short.
     max_model_len = rounded_length(longest + MAX_KERNEL_SIZE)
@@ -157,7 +158,7 @@ def new_result(kind: str, setting: BenchmarkSetting, given: argparse.Namespace) 
     Returns:
         Provenance and arms, without records.
     """
-    step_bytes = setting.inspection["step_bytes"]
+    step_bytes = setting.inspection.step_bytes
     provenance = {
         "kind": kind,
         "model": setting.name,
@@ -171,7 +172,7 @@ def new_result(kind: str, setting: BenchmarkSetting, given: argparse.Namespace) 
         "repeats": setting.repeats,
         "sampling": {"temperature": 0.0, "max_tokens": setting.max_tokens},
         "step_bytes": step_bytes,
-        "ffn_share": setting.inspection["ffn_share"],
+        "ffn_share": setting.inspection.ffn_share,
         **describe_machine(),
     }
     arms = {}

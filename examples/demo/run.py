@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from report import Arm
 
 from vllm_sirius.errors import SiriusError
 from vllm_sirius.measuring import memory
-from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
 from vllm_sirius.measuring.engine import Engine, EngineError
+from vllm_sirius.measuring.inspection import Inspection, inspect
 from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.prompts import tokenize
 from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS, WARM_UP_TOKENS, engine_options, rounded_length
@@ -49,7 +49,7 @@ class DemoSetting:
     Attributes:
         model: Path or hub name.
         name: Its name for tables.
-        inspection: What `vllm-sirius doctor` says about it.
+        inspection: What is known of it.
         engine: Arguments of `vllm.LLM`.
         prompts: The prompts.
         warm_up: Token ids of the warm-up prompt.
@@ -58,7 +58,7 @@ class DemoSetting:
 
     model: str
     name: str
-    inspection: dict[str, Any]
+    inspection: Inspection
     engine: dict[str, Any]
     prompts: list[Prompt]
     warm_up: list[int]
@@ -91,12 +91,12 @@ def make_arms(given: argparse.Namespace) -> list[Arm]:
         if acceptance == "threshold":
             options |= {"acceptance": acceptance, "threshold": given.threshold}
         title = f"Sirius {acceptance}" + (f", {sparsity}" if sparsity else " (default)" if key == ARMS[0] else "")
-        arms.append(Arm(key, title, options, inspect(given.model, options)["draft_density"]))
+        arms.append(Arm(key, title, options, inspected(given.model, options).draft_density))
     return arms
 
 
-def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What `vllm-sirius doctor` says about a model.
+def inspected(model: str, options: dict[str, Any]) -> Inspection:
+    """Looks at a model.
 
     Args:
         model: Path or hub name.
@@ -106,8 +106,8 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
         DemoError: If it cannot be served with them.
     """
     try:
-        return ask_doctor(model, options, "bfloat16")
-    except DoctorError as error:
+        return inspect(model, options, "bfloat16")
+    except SiriusError as error:
         raise DemoError(str(error)) from error
 
 
@@ -127,10 +127,10 @@ def prepare(given: argparse.Namespace) -> DemoSetting:
         raise DemoError(f"the model is missing: run `make model NAME={DEFAULT_MODEL.name}`, or give --model")
     name = Path(given.model).name if Path(given.model).is_dir() else given.model
     say(f"looking at {name} ...")
-    inspection = inspect(given.model, {"kernel_size": given.kernel_size})
+    inspection = inspected(given.model, {"kernel_size": given.kernel_size})
     say(
-        f"  {inspection['gated_ffns']} gated FFNs of {inspection['neurons']} neurons; "
-        f"{inspection['ffn_share']:.0%} of the bytes of a step are FFN"
+        f"  {inspection.gated_ffns} gated FFNs of {inspection.neurons} neurons; "
+        f"{inspection.ffn_share:.0%} of the bytes of a step are FFN"
     )
     prompts = collect_prompts(given.model, given.num_prompts)
     longest = max(len(prompt.token_ids) for prompt in prompts) + given.max_tokens
@@ -229,7 +229,7 @@ def write_results(setting: DemoSetting, arms: Sequence[Arm], given: argparse.Nam
         "kernel_size": given.kernel_size,
         "density": given.density,
         "threshold": given.threshold,
-        "doctor": {**setting.inspection, "model": setting.name},
+        "inspection": asdict(setting.inspection),
         **machine,
     }
     (given.output / "demo.txt").write_text(table + "\n")

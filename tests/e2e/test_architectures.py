@@ -4,7 +4,8 @@ import pytest
 from support.engine_host import EngineError
 from support.prompts import random_prompts
 from support.runners import only_v1
-from support.tiny_models import GATED, MIXED, REFUSED, TINY_MODELS, build
+from support.tiny_catalogue import GATED, MIXED, REFUSED, TINY_MODELS
+from support.tiny_models import build
 
 PROMPTS = random_prompts(5, 17, 40)
 SAMPLING = {"max_tokens": 20, "ignore_eos": True}
@@ -82,7 +83,7 @@ def test_gated_model_is_drafted_and_token_identical(host, tiny_root, name):
         assert len(report["ffns"]) == tiny.layers
         assert report["draft_calls"] > 0
     if name in ENGINE_OPTIONS:
-        assert host.probe(sparse, "support.probes:kv_cache_specs") == ["UniformTypeKVCacheSpecs"]
+        assert host.probe(sparse, "support.page_probes:kv_cache_specs") == ["UniformTypeKVCacheSpecs"]
 
 
 @pytest.mark.parametrize(

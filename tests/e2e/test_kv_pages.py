@@ -22,11 +22,11 @@ def sparse(plain, **options):
 
 
 def record(host, engine, prompts, sampling=SAMPLING):
-    return host.probe(engine, "support.probes:record_pages", prompts=prompts, sampling=sampling)
+    return host.probe(engine, "support.page_probes:record_pages", prompts=prompts, sampling=sampling)
 
 
 def compare(host, engine, first, second):
-    return host.probe(engine, "support.probes:compare_recorded", first=first["index"], second=second["index"])
+    return host.probe(engine, "support.page_probes:compare_recorded", first=first["index"], second=second["index"])
 
 
 @pytest.fixture(scope="module")

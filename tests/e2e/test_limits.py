@@ -96,7 +96,7 @@ def test_passes_that_straddle_block_ends(host, tiny):
     text = max(tiny.mixed_prompts(6), key=len)
     size = 64
     plain = engine(tiny.model, block_size=size)
-    assert host.probe(plain, "support.probes:block_sizes") == [size]
+    assert host.probe(plain, "support.page_probes:block_sizes") == [size]
     prompts = [text[: size + shift] for shift in range(-KERNEL - 1, 2)]
     assert len(prompts[-1]) == size + 1
     sampling = {"max_tokens": 2 * KERNEL, "ignore_eos": True}
@@ -172,6 +172,6 @@ def test_statistics_are_freed_with_their_requests(host, tiny):
     assert report["runner"] == host.runner
     assert report["requests"] <= 4
     if host.runner == "v1":
-        slots = host.probe(sparse, "support.probes:free_slots")
+        slots = host.probe(sparse, "support.page_probes:free_slots")
         assert slots["all"] == 4
         assert slots["all"] - slots["free"] == report["requests"]

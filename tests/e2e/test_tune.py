@@ -20,8 +20,8 @@ from support.tiny_models import build
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.measuring.engine import Engine, EngineError
+from vllm_sirius.measuring.inspection import Inspection
 from vllm_sirius.tuning.grid import DRAFTS, RULES
-from vllm_sirius.tuning.inspection import Inspection
 from vllm_sirius.tuning.measure import measure_draft, steps_of_a_draft
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.progress import Progress
@@ -106,7 +106,7 @@ def test_a_draft_is_measured_on_model_runner_v2(tmp_path, monkeypatch):
         "enable_prefix_caching": False,
     }
     setting = TuningSetting(
-        options, Inspection("cpu", "float32", "", 64, 1, 1, 0.5), "none", [random_prompts(9)], engine, 1
+        options, Inspection("cpu", "float32", "", 64, 1, 2, 96, 1, 0.5, 0.3, 1), "none", [random_prompts(9)], engine, 1
     )
     with Progress(steps_of_a_draft(setting)) as progress:
         found = measure_draft(setting, DRAFTS[0], tmp_path / "log", progress)

@@ -11,8 +11,6 @@ makes a step of a model of many words cost most of a second.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,9 @@ from typing import Any, Literal, Self
 from support.fork_server import ForkServer
 
 TESTS = Path(__file__).resolve().parent.parent
+
+ANSWER_SECONDS = 1200
+"""Longer than any engine takes to start and answer; what hangs must not hang the suite."""
 
 Runner = Literal["v1", "v2"]
 """vLLM's model runner of a process."""
@@ -80,8 +81,12 @@ class Child:
     """
 
     def __init__(self, environment: dict[str, str], server: dict[str, str] | None = None) -> None:
-        child_reads, self._commands = (os.fdopen(handle, mode) for handle, mode in zip(os.pipe(), "rw", strict=True))
-        self._answers, child_writes = (os.fdopen(handle, mode) for handle, mode in zip(os.pipe(), "rw", strict=True))
+        # Not above: files with probes import this one in processes that must hold no module of the plugin.
+        from vllm_sirius.measuring.conversation import Conversation
+
+        child_reads, commands = (os.fdopen(handle, mode) for handle, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+        answers, child_writes = (os.fdopen(handle, mode) for handle, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+        self._conversation = Conversation(commands, answers)
         with child_reads, child_writes:
             forking = ForkServer.of(server or environment)
             self._child = forking.spawn(environment, child_reads.fileno(), child_writes.fileno())
@@ -94,9 +99,7 @@ class Child:
 
     def close(self) -> None:
         """Ends the child."""
-        with contextlib.suppress(BrokenPipeError):  # what an ended child did not read
-            self._commands.close()
-        self._answers.close()
+        self._conversation.close()
         self._child.wait(timeout=60)
 
     def call(self, function: str, *arguments: Any) -> Any:
@@ -109,16 +112,12 @@ class Child:
         return self._ask({"do": "call", "function": function, "arguments": arguments})["value"]
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):  # of a child that ended, whose status is told below
-            self._commands.write(json.dumps(command) + "\n")
-            self._commands.flush()
-        for line in self._answers:
-            if line.startswith("ANSWER "):
-                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-                if "error" in answer:
-                    raise EngineError(answer["error"])
-                return answer
-        raise EngineError(f"the engine's process ended with status {self._child.wait(timeout=60)}")
+        answer = self._conversation.ask(command, ANSWER_SECONDS)
+        if answer is None:
+            raise EngineError(f"the engine's process ended with status {self._child.wait(timeout=60)}")
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer
 
 
 class EngineHost(Child):

@@ -110,6 +110,9 @@ def _serve(connection: socket.socket) -> None:
     assert vllm.LLM is not None  # importing it is what the server is for
     gc.collect()
     gc.freeze()
+    # Intel's OpenMP binds a child to its first core.
+    cores = os.sched_getaffinity(0)
+    os.register_at_fork(after_in_child=lambda: os.sched_setaffinity(0, cores))
     threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, f"{threads} threads, and forking keeps one of them"
     while True:

@@ -15,7 +15,8 @@ from support.real_models import ROOT
 
 import vllm_sirius
 from benchmarks import commands
-from vllm_sirius.measuring.doctor import DoctorError, ask_doctor
+from vllm_sirius.errors import SiriusError
+from vllm_sirius.measuring.inspection import inspect
 
 POISON = "raise SystemExit('the wrong ' + __name__)\n"
 PROBE = """
@@ -63,9 +64,9 @@ def test_children_take_this_package_installed_or_not_and_nothing_beside_it(poiso
     assert grandchild == json.__file__
 
 
-def test_doctor_is_asked_in_any_folder(poisoned: Path) -> None:
-    with pytest.raises(DoctorError) as caught:
-        ask_doctor("no/such/model", {"density": 7}, "auto")
+def test_a_model_is_inspected_in_any_folder(poisoned: Path) -> None:
+    with pytest.raises(SiriusError) as caught:
+        inspect("no/such/model", {"density": 7})
     assert "density=7" in str(caught.value)
 
 

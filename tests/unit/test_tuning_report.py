@@ -11,12 +11,12 @@ import pytest
 
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.measuring.engine import Answers
+from vllm_sirius.measuring.inspection import Inspection
 from vllm_sirius.metrics import SpeculationCounts
 from vllm_sirius.pacing.costs import StepCosts
 from vllm_sirius.tuning.certainty import interval
 from vllm_sirius.tuning.errors import TuningError
 from vllm_sirius.tuning.grid import DEFAULT_DRAFTS, DRAFTS, RULES, Draft
-from vllm_sirius.tuning.inspection import Inspection
 from vllm_sirius.tuning.measure import Arm, MeasuredDraft
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.predict import Prediction, choose, predict
@@ -47,7 +47,7 @@ def answers(token_ids, seconds, counts=(0, 0, 0), by_position=()):
 @pytest.fixture
 def setting(tmp_path):
     options = TuningOptions("MODEL", prompts=tmp_path / "mine.txt", output=tmp_path / "out.json", max_kernel_size=4)
-    inspection = Inspection("cpu", "bfloat16", "", 4096, 1000, 10**9, 0.6)
+    inspection = Inspection("cpu", "bfloat16", "", 4096, 1000, 24, 4864, 10**9, 0.6, 0.3, 10**8)
     return TuningSetting(options, inspection, "mine.txt", [[[1, 2]], [[3]]], {"model": "MODEL", "max_num_seqs": 1}, 2)
 
 

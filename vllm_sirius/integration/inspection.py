@@ -87,36 +87,41 @@ def _choose_kernels(vllm_config: Any, ffns: list[GatedFFN]) -> KernelChoice:
     return KernelChoice(not reason, reason or "triton")
 
 
-def describe_engine(engine: dict[str, Any]) -> dict[str, Any]:
-    """What is known of an engine before it starts.
+def describe_model(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a model, its drafts and the machine before an engine starts.
 
     Args:
-        engine: Arguments of `EngineArgs`, the model among them.
+        model: Path or hub name.
+        options: Options of Sirius, as in ``--speculative-config``.
+        engine_options: Further arguments of `EngineArgs`.
 
     Returns:
-        JSON values: ``platform``; ``dtype``; ``no_low_bit``, why quantised copies cannot be drafted with, or empty;
-        ``max_model_len``; ``kv_bytes_per_token``; ``step_bytes``; ``ffn_share``.
+        JSON values, the fields of `vllm_sirius.measuring.inspection.Inspection`.
 
     Raises:
+        SiriusConfigError: If an option is bad.
         SiriusUnsupportedError: If the model or the set-up cannot be served.
         ModelError: If vLLM itself cannot serve the model.
     """
-    further = {key: value for key, value in engine.items() if key != "model"}
-    plan = inspect_model(engine["model"], {}, further)
-    with _reason_in_one_line(engine["model"]):
-        config = EngineArgs(**engine, enforce_eager=True).create_engine_config()
-    model, parallel = config.model_config, config.parallel_config
-    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    plan = inspect_model(model, options, engine_options)
+    with _reason_in_one_line(model):
+        config = EngineArgs(model=model, enforce_eager=True, **engine_options).create_engine_config()
+    served, parallel = config.model_config, config.parallel_config
+    heads = served.get_num_layers(parallel) * served.get_num_kv_heads(parallel)
     no_low_bit = "they exist on CPU only"
     if current_platform.is_cpu():
-        kernels = choose_kernels(model.dtype, torch.device("cpu"))
+        kernels = choose_kernels(served.dtype, torch.device("cpu"))
         no_low_bit = "" if kernels.native else kernels.reason
     return {
         "platform": current_platform.device_name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(served.dtype).removeprefix("torch."),
         "no_low_bit": no_low_bit,
-        "max_model_len": model.max_model_len,
-        "kv_bytes_per_token": 2 * heads * model.get_head_size() * model.dtype.itemsize,
+        "max_model_len": served.max_model_len,
+        "kv_bytes_per_token": 2 * heads * served.get_head_size() * served.dtype.itemsize,
+        "gated_ffns": len(plan.ffns),
+        "neurons": plan.num_neurons,
         "step_bytes": plan.step_bytes,
         "ffn_share": plan.ffn_share,
+        "draft_density": plan.draft_density,
+        "copied_bytes": plan.copied_bytes,
     }

@@ -7,20 +7,18 @@ answers are JSON lines on the child's standard input and output; everything vLLM
 from __future__ import annotations
 
 import json
-import os
 import re
-import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vllm_sirius.errors import one_line
 from vllm_sirius.measuring.child import child_environment, python_command
+from vllm_sirius.measuring.conversation import Conversation, answering_stream
 
 START_SECONDS = 900
 GENERATE_SECONDS = 600
@@ -81,6 +79,9 @@ class Engine:
                 stderr=stderr,
                 env=variables,
             )
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._conversation = Conversation(self._child.stdin, self._child.stdout)
         try:
             self._ask({"engine": options}, START_SECONDS)
         except BaseException:
@@ -136,43 +137,24 @@ class Engine:
 
     def close(self) -> None:
         """Ends the child."""
-        with suppress(BrokenPipeError):  # a child that is gone already
-            _stdin(self._child).close()
+        self._conversation.hang_up()
         try:
             self._child.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        if self._child.stdout is not None:
-            self._child.stdout.close()
+        self._conversation.close()
 
     def _ask(self, command: dict[str, Any], seconds: float) -> dict[str, Any]:
         try:
-            _stdin(self._child).write(json.dumps(command).encode() + b"\n")
-            _stdin(self._child).flush()
-        except BrokenPipeError as error:
-            raise EngineError(self._reason()) from error
-        line = self._read_line(time.monotonic() + seconds)
-        if not line:
+            answer = self._conversation.ask(command, seconds)
+        except TimeoutError as error:
+            raise EngineError(f"the engine gave no answer in time; its log is {self._log}") from error
+        if answer is None:
             raise EngineError(self._reason())
-        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise EngineError(f"{answer['error']} (its log is {self._log})")
         return answer
-
-    def _read_line(self, deadline: float) -> bytes:
-        """One line of the child's output; empty at its end."""
-        assert self._child.stdout is not None
-        line = b""
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._child.stdout], [], [], left)[0]:
-                raise EngineError(f"the engine gave no answer in time; its log is {self._log}")
-            part = os.read(self._child.stdout.fileno(), 1 << 16)
-            if not part:
-                return b""
-            line += part
-        return line
 
     def _reason(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
@@ -181,15 +163,9 @@ class Engine:
         return f"the engine stopped: {reason}\nIts log is {self._log}"
 
 
-def _stdin(child: subprocess.Popen[bytes]) -> IO[bytes]:
-    assert child.stdin is not None
-    return child.stdin
-
-
 def _serve() -> None:
     """The child: builds the engine, then carries out commands until its input ends."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = answering_stream()
     try:
         for answer in _answers():
             answers.write(json.dumps(answer) + "\n")

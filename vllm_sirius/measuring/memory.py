@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from vllm_sirius.measuring.inspection import Inspection
 
 PROCESS_BYTES = 1 << 30
 """Python, PyTorch and vLLM of one engine."""
@@ -42,20 +43,20 @@ def engine_bytes(model: str, step_bytes: int, kv_cache_bytes: int, extra_bytes: 
     return max(step_bytes, weight_file_bytes(model)) + kv_cache_bytes + process + extra_bytes
 
 
-def engines_bytes(model: str, inspection: dict[str, Any], kv_cache_bytes: int, num_sirius: int) -> int:
+def engines_bytes(model: str, inspection: Inspection, kv_cache_bytes: int, num_sirius: int) -> int:
     """Memory of vLLM alone and the engines of Sirius together.
 
     Args:
         model: Path or hub name.
-        inspection: What `vllm-sirius doctor` says about it.
+        inspection: What is known of it.
         kv_cache_bytes: KV cache of one engine.
         num_sirius: Engines of Sirius; their copies of weights are taken to be as large as the FFNs (neuron rows).
 
     Returns:
         An estimate.
     """
-    step_bytes = inspection["step_bytes"]
-    rows = int(step_bytes * inspection["ffn_share"])
+    step_bytes = inspection.step_bytes
+    rows = int(step_bytes * inspection.ffn_share)
     sirius = num_sirius * engine_bytes(model, step_bytes, kv_cache_bytes, rows)
     return engine_bytes(model, step_bytes, kv_cache_bytes) + sirius
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_sirius.measuring import memory
+from vllm_sirius.measuring.inspection import inspect
 from vllm_sirius.tuning.errors import TuningError, TuningInterrupted
 from vllm_sirius.tuning.grid import DEFAULT_DRAFTS, DRAFTS, RULES, Draft, choose_drafts
-from vllm_sirius.tuning.inspection import inspect
 from vllm_sirius.tuning.measure import compare, measure_draft, steps_of_a_draft, steps_of_the_comparison
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.predict import Prediction, choose
@@ -82,7 +82,7 @@ def what_is_lost(findings: Findings, num_drafts: int) -> str:
 def _prepare(options: TuningOptions, grid: Sequence[Draft]) -> tuple[TuningSetting, list[Draft]]:
     assert options.prompts is not None
     prompts = read_prompts(options.prompts, options.num_prompts)
-    inspection = inspect(options)
+    inspection = inspect(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     setting = make_setting(options, inspection, prompts)
     drafts = choose_drafts(grid, options.quick, low_bit=not inspection.no_low_bit)
     if not drafts:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_sirius.measuring.inspection import Inspection
 from vllm_sirius.measuring.prompts import tokenize
 from vllm_sirius.measuring.side_by_side import engine_options, rounded_length
 from vllm_sirius.tuning.errors import TuningOptionError
-from vllm_sirius.tuning.inspection import Inspection
 from vllm_sirius.tuning.options import TuningOptions
 from vllm_sirius.tuning.prompts_file import PromptFile
 
