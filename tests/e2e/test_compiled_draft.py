@@ -6,11 +6,12 @@ import pytest
 from support.engine_host import EngineHost
 from support.prompts import random_prompts
 from support.real_models import SMOL, mixed_prompts, model_path
+from support.subjects import smollm2, tiny
 from support.tiny_models import build
 
 ANNOUNCED = re.compile(r"Sirius: compile(s the draft|d the draft in [\d.]+ s$)")
 SAMPLING = {"max_tokens": 24, "ignore_eos": True}
-ENGINE = {"model": model_path(SMOL), "max_model_len": 512, "max_num_seqs": 4}
+ENGINE = {"max_model_len": 512, "max_num_seqs": 4}
 LOSSLESS = {
     "method": "sirius",
     "kernel_size": 8,
@@ -19,9 +20,15 @@ LOSSLESS = {
 }
 
 
-def test_compiled_and_eager_drafts_are_the_same_v1():
-    prompts = mixed_prompts(SMOL, 4)
-    compiled, eager = ({**ENGINE, "enforce_eager": eager, "speculative_config": LOSSLESS} for eager in (False, True))
+@pytest.mark.parametrize("model", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_compiled_and_eager_drafts_are_the_same_v1(model, tiny_model):
+    """SmolLM2 takes minutes to compile on one core."""
+    subject = tiny(tiny_model("llama")) if model == "tiny" else smollm2()
+    prompts = subject.mixed_prompts(4)
+    compiled, eager = (
+        {**ENGINE, "model": subject.model, "enforce_eager": eager, "speculative_config": LOSSLESS}
+        for eager in (False, True)
+    )
     found = {}
     with EngineHost() as host:
         host.probe_static("support.start_lines:listen")
@@ -89,7 +96,7 @@ def test_kept_graphs_serve_every_engine_that_they_fit_and_no_other_v1(tmp_path):
 @pytest.mark.slow
 def test_masked_drafts_are_not_compiled_v1():
     with EngineHost({"SIRIUS_NATIVE_KERNELS": "0"}) as host:
-        engine = {**ENGINE, "enforce_eager": False, "speculative_config": LOSSLESS}
+        engine = {**ENGINE, "model": model_path(SMOL), "enforce_eager": False, "speculative_config": LOSSLESS}
         found = host.generate(engine, mixed_prompts(SMOL, 2), SAMPLING)
         assert 0 < found.num_accepted_tokens < found.num_draft_tokens
         assert not host.probe(engine, "support.probes:compiled_draft_report")["compiled"]

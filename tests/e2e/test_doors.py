@@ -1,8 +1,10 @@
-"""All doors of configuration reach the same engine: flags, JSON, AsyncLLM, bench, run-batch (runner v1).
+"""All doors of configuration reach the same engine: flags, JSON, AsyncLLM, bench (runner v1).
 
-`vllm serve` and its benchmark are in `test_examples`.
+`vllm serve`, its benchmark and `vllm run-batch` are in `test_examples`.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -87,12 +89,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 async def main():
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
         model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=128 << 20,
-        speculative_config={"method": "sirius", "kernel_size": 8},
+        speculative_config={"method": "sirius", "preset": "paper", "kernel_size": 8},
     ))
+    options = [{"sirius": "off"}, {"sirius": "on", "sirius_threshold": "0.5"}, {}]
     async def ask(i):
-        async for output in engine.generate(
-            {"prompt_token_ids": [10 + i, 20, 30]}, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), str(i)
-        ):
+        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=options[i])
+        async for output in engine.generate({"prompt_token_ids": [10 + i, 20, 30]}, sampling, str(i)):
             last = output
         return last.outputs[0].token_ids
     answers = await asyncio.gather(*(ask(i) for i in range(3)))
@@ -108,9 +110,15 @@ def test_async_engine(tmp_path):
     script = tmp_path / "async_engine.py"
     script.write_text(ASYNC, encoding="utf-8")
     run = subprocess.run(
-        [sys.executable, str(script), model_path(SMOL)], capture_output=True, text=True, timeout=TIMEOUT, check=False
+        [sys.executable, str(script), model_path(SMOL)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment(),
+        check=False,
     )
     assert "LENGTHS [12, 12, 12]" in run.stdout, run.stderr[-3000:]
+    assert STARTED_AS_IN_THE_PAPER in run.stdout + run.stderr
 
 
 @pytest.mark.slow
@@ -139,57 +147,6 @@ def test_bench_throughput():
     assert STARTED in run.stdout + run.stderr
 
 
-def test_run_batch(tmp_path):
-    asked = [
-        ({"sirius": "off"}, 200, None),
-        ({"sirius": "on", "sirius_threshold": "0.5"}, 200, None),
-        ({"sirius": "perhaps"}, 400, "sirius='perhaps'"),
-        ({"sirius_threshold": 1e39}, 400, "sirius_threshold=1e+39"),
-        ({"sirius_threshold": False}, 400, "sirius_threshold=0 may be true or false"),
-    ]
-    requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
-    lines = [
-        {
-            "custom_id": f"request-{i}",
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": {
-                "model": model_path(SMOL),
-                "messages": [{"role": "user", "content": f"What is {i} plus {i}?"}],
-                "max_tokens": 12,
-                "temperature": 0,
-                "vllm_xargs": xargs,
-            },
-        }
-        for i, (xargs, _, _) in enumerate(asked)
-    ]
-    requests.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    run = vllm(
-        "run-batch",
-        "-i",
-        str(requests),
-        "-o",
-        str(answers),
-        "--model",
-        model_path(SMOL),
-        *COMMON,
-        *MEMORY,
-        *PAPER,
-    )
-    assert answers.is_file(), run.stderr[-3000:]
-    assert STARTED_AS_IN_THE_PAPER in run.stdout + run.stderr
-    found = {
-        answer["custom_id"]: answer for answer in map(json.loads, answers.read_text(encoding="utf-8").splitlines())
-    }
-    for i, (_, status, words) in enumerate(asked):
-        answer = found[f"request-{i}"]
-        assert answer["response"]["status_code"] == status, answer
-        if words is None:
-            assert answer["response"]["body"]["choices"][0]["message"]["content"]
-        else:
-            assert words in json.dumps(answer)
-
-
 def test_a_bad_option_ends_serve_before_the_engine_starts():
     run = vllm("serve", model_path(SMOL), *COMMON, "--speculative-config", '{"method": "sirius", "density": 7}')
     assert run.returncode != 0
@@ -197,24 +154,33 @@ def test_a_bad_option_ends_serve_before_the_engine_starts():
     assert "Starting to load model" not in run.stderr + run.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "words"),
-    [
-        ((), 0, "lossless: the output is the model's own"),
-        (("--json", "--speculative-config", '{"preset": "paper"}'), 0, '"ffn_share"'),
-    ],
-)
-def test_doctor(arguments, status, words):
-    command = [str(Path(sys.executable).with_name("vllm-sirius")), "doctor", model_path(SMOL), *arguments]
+def test_doctor():
+    command = [str(Path(sys.executable).with_name("vllm-sirius")), "doctor", model_path(SMOL)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert run.returncode == status, run.stderr[-3000:]
-    assert words in run.stdout
-    if "--json" in arguments:
-        report = json.loads(run.stdout)
-        assert (report["preset"], report["acceptance"]) == ("paper", "threshold")
-        # SmolLM2-135M: 30 layers of 3 x 576 x 1536 in FFNs, 135M parameters with a tied embedding of 49152 x 576.
-        assert report["gated_ffns"] == 30
-        assert report["ffn_share"] == pytest.approx(30 * 3 * 576 * 1536 / 134.5e6, rel=0.01)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "lossless: the output is the model's own" in run.stdout
+
+
+def doctor(*arguments):
+    """Runs the command in this process; returns its status and what it printed."""
+    from vllm_sirius import cli
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = cli.main(["doctor", *arguments])
+    return status, printed.getvalue()
+
+
+def test_doctor_for_programs():
+    with EngineHost() as host:
+        status, printed = host.call(
+            f"{__file__}:doctor", model_path(SMOL), "--json", "--speculative-config", '{"preset": "paper"}'
+        )
+    assert status == 0
+    report = json.loads(printed)
+    assert (report["preset"], report["acceptance"]) == ("paper", "threshold")
+    # SmolLM2-135M: 30 layers of 3 x 576 x 1536 in FFNs, 135M parameters with a tied embedding of 49152 x 576.
+    assert report["gated_ffns"] == 30
+    assert report["ffn_share"] == pytest.approx(30 * 3 * 576 * 1536 / 134.5e6, rel=0.01)
 
 
 @pytest.mark.parametrize("command", [("doctor",), ("tune", "--prompts", "prompts.txt")], ids=["doctor", "tune"])

@@ -48,18 +48,40 @@ def test_offline():
     assert int(found[2]) > 0
 
 
+OWN_OPTIONS = [
+    ({"sirius": "off"}, 200, "content"),
+    ({"sirius": "perhaps"}, 400, "sirius='perhaps'"),
+    ({"sirius_threshold": 0.5}, 400, "sirius_threshold=0.5"),
+    ({"sirius_threshold": 1e39}, 400, "sirius_threshold=1e+39"),
+    ({"sirius_threshold": False}, 400, "sirius_threshold=0 was given"),
+]
+"""Options of requests, the status of the answer from a lossless engine, and words in it. vLLM makes `false` a 0, which
+`test_request_options` knows."""
+
+
 def test_batch(tmp_path):
-    """With the commands of the README."""
+    """With the commands of the README, and a few requests with options of their own."""
     requests, answers = tmp_path / "input.jsonl", tmp_path / "output.jsonl"
     model = model_path(SMOL)
     places = {"input.jsonl": str(requests), "output.jsonl": str(answers), "MODEL": model}
     places |= {"python": sys.executable, "vllm": str(VLLM)}
     assert "3 requests written" in run(*readme_command("python examples/batch.py", **places))
+    written = requests.read_text().splitlines()
+    for number, (options, _, _) in enumerate(OWN_OPTIONS):
+        line = json.loads(written[0])
+        line["custom_id"] = f"own-{number}"
+        line["body"]["vllm_xargs"] = options
+        written.append(json.dumps(line))
+    requests.write_text("\n".join(written) + "\n")
     run(*readme_command("vllm run-batch", **places), *KV_CACHE, EAGER)
-    lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert sorted(line["custom_id"] for line in lines) == ["question-0", "question-1", "question-2"]
-    for line in lines:
-        assert line["response"]["body"]["choices"][0]["message"]["content"].strip()
+    found = {line["custom_id"]: line for line in map(json.loads, answers.read_text().splitlines())}
+    assert len(found) == 3 + len(OWN_OPTIONS)
+    for number in range(3):
+        assert found[f"question-{number}"]["response"]["body"]["choices"][0]["message"]["content"].strip()
+    for number, (_, status, words) in enumerate(OWN_OPTIONS):
+        answer = found[f"own-{number}"]
+        assert answer["response"]["status_code"] == status, answer
+        assert words in json.dumps(answer)
 
 
 @pytest.mark.slow
@@ -184,13 +206,13 @@ def test_the_server_benchmark_of_the_documentation(server, tmp_path):
 
 def test_demo(tmp_path):
     """The command of the README, smaller. The environment that it would make is the one that runs this."""
-    options = f"--num-prompts 2 --max-tokens 16 --kernel-size 4 --arms lossless threshold-coarse --output {tmp_path}"
+    options = f"--num-prompts 2 --max-tokens 16 --kernel-size 4 --arms threshold-coarse --output {tmp_path}"
     places = [f"VENV={sys.prefix}", f"MODEL={model_path(SMOL)}", f"ARGS={options}"]
     output = run(*readme_command("make demo"), "--old-file=setup", *places)
     assert "vLLM alone" in output
     assert (tmp_path / "demo.png").stat().st_size > 0
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert [arm["key"] for arm in report["arms"]] == ["vllm", "lossless", "threshold-coarse"]
+    assert [arm["key"] for arm in report["arms"]] == ["vllm", "threshold-coarse"]
     for arm in report["arms"][1:]:
         assert 1.0 <= arm["acceptance_length"] <= 4.0
         assert arm["start_up_line"]

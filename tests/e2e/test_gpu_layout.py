@@ -6,7 +6,7 @@ from support.prompts import random_prompts
 from support.tiny_models import build
 
 PROMPTS = random_prompts(5, 17)
-SAMPLING = {"max_tokens": 12, "ignore_eos": True}
+SAMPLING = {"max_tokens": 8, "ignore_eos": True}
 LOSSLESS = {"method": "sirius", "kernel_size": 4, "adaptive": False}
 
 

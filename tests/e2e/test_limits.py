@@ -46,7 +46,7 @@ def test_threshold_of_zero_accepts_every_draft(host, subject, threshold):
 @only_v1
 @pytest.mark.parametrize("name", [pytest.param(QWEN_SMALL, marks=pytest.mark.slow), GEMMA])
 def test_threshold_of_zero_accepts_every_draft_of_other_models(host, name):
-    check_all_accepted(host, model_path(name), mixed_prompts(name, 3), {"threshold": 0})
+    check_all_accepted(host, model_path(name), mixed_prompts(name, 2), {"threshold": 0})
 
 
 @pytest.mark.parametrize("sparsity", ["coarse", "fine"])

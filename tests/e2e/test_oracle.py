@@ -6,9 +6,10 @@ from support.real_models import QWEN_SMALL, SMOL, chat_prompts, model_path
 from support.runners import only_v1
 
 MAX_TOKENS = 48
+FEW_TOKENS = 32
 
 
-def check_matches_oracle(host, name, kernel_size, num_prompts):
+def check_matches_oracle(host, name, kernel_size, num_prompts, max_tokens=MAX_TOKENS):
     prompts = chat_prompts(name, "gsm8k", num_prompts // 2) + chat_prompts(
         name, "humaneval", num_prompts - num_prompts // 2
     )
@@ -21,9 +22,9 @@ def check_matches_oracle(host, name, kernel_size, num_prompts):
     }
     for prompt in prompts:
         expected = oracle.generate(
-            prompt, kernel_size=kernel_size, max_tokens=MAX_TOKENS, threshold=0.1, ignore_eos=True
+            prompt, kernel_size=kernel_size, max_tokens=max_tokens, threshold=0.1, ignore_eos=True
         )
-        found = host.generate(engine, [prompt], {"max_tokens": MAX_TOKENS, "ignore_eos": True})
+        found = host.generate(engine, [prompt], {"max_tokens": max_tokens, "ignore_eos": True})
         assert found.token_ids[0] == list(expected.token_ids)
         drafted = [n for n in expected.num_drafted if n]
         lengths = [length for length, n in zip(expected.acceptance_lengths, expected.num_drafted, strict=True) if n]
@@ -36,7 +37,7 @@ def check_matches_oracle(host, name, kernel_size, num_prompts):
 @only_v1
 @pytest.mark.parametrize("kernel_size", [16])
 def test_smollm2_in_short(host, kernel_size):
-    check_matches_oracle(host, SMOL, kernel_size, num_prompts=2)
+    check_matches_oracle(host, SMOL, kernel_size, num_prompts=2, max_tokens=FEW_TOKENS)
 
 
 @only_v1

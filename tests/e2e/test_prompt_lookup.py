@@ -7,7 +7,7 @@ from support.runners import only_v1
 
 pytestmark = only_v1
 
-SAMPLING = {"max_tokens": 48, "ignore_eos": True}
+SAMPLING = {"max_tokens": 32, "ignore_eos": True}
 DRAFTS = {
     "coarse": {"density": 0.7},
     "fine": {"sparsity": "fine"},
@@ -27,7 +27,7 @@ CASES = [
 
 @pytest.mark.parametrize(("draft", "batch"), CASES)
 def test_prompt_lookup_changes_nothing_but_the_number_of_draft_steps(host, draft, batch):
-    prompts = mixed_prompts(SMOL, 4)
+    prompts = mixed_prompts(SMOL, 3)
     base = {"model": model_path(SMOL), "max_model_len": 1024, "max_num_seqs": batch}
     reference = host.generate(base, prompts, SAMPLING).token_ids
     runs, steps = [], []
