@@ -24,11 +24,10 @@ from benchmarks import prompts
 from benchmarks.errors import BenchmarkError, exit_status
 from benchmarks.setting import positive
 from vllm_sirius.measuring.engine import Engine, EngineError
+from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS
 
 QUIET, BUSY = "undisturbed", "disturbed"
 BAR = 0.95
-PAUSE = 0.3
-"""Seconds between turns: OpenMP threads of the last engine go on spinning for a while."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def take_turns(engines: dict[str, Engine], token_ids: Sequence[list[int]], given
         names = list(engines) if number % 2 == 0 else list(reversed(engines))
         began = time.monotonic() - first
         for name in names:
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_SECONDS)
             turn_began = time.monotonic() - first
             answers = engines[name].generate([token_ids[number % len(token_ids)]], given.max_tokens, ignore_eos=True)
             turns.append(Turn(name, number, turn_began, answers.num_tokens, answers.seconds))

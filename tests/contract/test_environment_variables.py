@@ -5,8 +5,9 @@ import os
 import re
 
 import pytest
+from hook_probes import error_of
 from support.real_models import ROOT, SMOL, model_path
-from test_hooks import ask, error_of
+from test_hooks import ask
 
 NAME = re.compile(r"(VLLM|SIRIUS)_[A-Z0-9_]+")
 

@@ -1,7 +1,8 @@
 """KV caches that drafts can write, told by vLLM's own specs."""
 
 import pytest
-from test_hooks import ask, error_of
+from hook_probes import error_of
+from test_hooks import ask
 
 
 def probe_kinds():

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hook_probes import NGRAM, error_of, plain
 from support.real_models import ROOT, SMOL, model_path
-from test_hooks import NGRAM, ask, error_of, plain, read_ledger
+from test_hooks import ask, read_ledger
 
 from vllm_sirius.version import TARGET_VLLM_VERSION
 

@@ -2,8 +2,9 @@
 
 import functools
 
+from hook_probes import error_of
 from support.real_models import SMOL, model_path
-from test_hooks import ask, error_of
+from test_hooks import ask
 
 
 def probe_strangers(model):

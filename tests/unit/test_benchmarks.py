@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import (
-    busy_start,
     charts,
     commands,
     compare,
@@ -425,25 +424,3 @@ def test_a_program_that_is_told_to_end_ends_what_it_started():
 def test_names_of_models_hold_no_path(tmp_path):
     assert setting.model_name(str(tmp_path)) == Path(tmp_path).name
     assert setting.model_name("owner/model") == "owner/model"
-
-
-def test_the_first_seconds_after_a_busy_start_count_apart():
-    turns = [
-        busy_start.Turn(busy_start.QUIET, 0, 0.0, 10, 1.0),
-        busy_start.Turn(busy_start.BUSY, 0, 1.0, 10, 4.0),
-        # A round belongs where it began, for both engines.
-        busy_start.Turn(busy_start.BUSY, 1, 29.0, 10, 2.0),
-        busy_start.Turn(busy_start.QUIET, 1, 31.0, 10, 1.0),
-        busy_start.Turn(busy_start.QUIET, 2, 32.0, 20, 1.0),
-        busy_start.Turn(busy_start.BUSY, 2, 33.0, 20, 2.0),
-        busy_start.Turn(busy_start.BUSY, 3, 36.0, 40, 2.0),
-    ]
-    found = busy_start.rates(turns, 30.0)
-    assert found[False] == {busy_start.QUIET: 10.0, busy_start.BUSY: pytest.approx(20 / 6)}
-    assert found[True] == {busy_start.QUIET: 20.0, busy_start.BUSY: 15.0}
-
-
-def test_busy_loops_end_with_their_block():
-    with busy_start.busy_loops(2) as loops:
-        assert [loop.poll() for loop in loops] == [None, None]
-    assert all(loop.poll() == -signal.SIGKILL for loop in loops)

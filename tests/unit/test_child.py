@@ -26,10 +26,11 @@ print(vllm_sirius.__file__, json.__file__, *sys.argv[1:], flush=True)
 subprocess.run([sys.executable, "-c", program], check=True)
 """
 START = """
-import subprocess, sys
+import pathlib, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 from vllm_sirius.measuring import child
-command = child.python_command("vllm_sirius.probe", "one", "two")
+checkout = pathlib.Path(sys.argv[2]) if len(sys.argv) > 2 else None
+command = child.python_command("vllm_sirius.probe", "one", "two", checkout=checkout)
 sys.exit(subprocess.run(command, env=child.child_environment()).returncode)
 """
 
@@ -43,7 +44,8 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_children_take_this_package_installed_or_not_and_nothing_beside_it(poisoned: Path) -> None:
+@pytest.mark.parametrize("asked_for", [False, True], ids=["this-package", "another-checkout"])
+def test_children_take_one_package_installed_or_not_and_nothing_beside_it(poisoned: Path, asked_for: bool) -> None:
     package = poisoned / "checkout" / "vllm_sirius"
     (package / "measuring").mkdir(parents=True)
     for name in ("__init__.py", "version.py", "measuring/__init__.py", "measuring/child.py"):
@@ -52,7 +54,7 @@ def test_children_take_this_package_installed_or_not_and_nothing_beside_it(poiso
     (package.parent / "json.py").write_text(POISON)
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", START, str(package.parent)],
+        [sys.executable, "-P", "-c", START, *([str(ROOT)] if asked_for else []), str(package.parent)],
         env=variables,
         capture_output=True,
         text=True,

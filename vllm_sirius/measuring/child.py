@@ -17,14 +17,15 @@ PROGRAM = (
 ``json.py`` in the current folder, or beside the package, must not run. So the folder of the package comes last."""
 
 
-def python_command(module: str, *arguments: str) -> list[str]:
+def python_command(module: str, *arguments: str, checkout: Path | None = None) -> list[str]:
     """A command that runs a module of this package as a program, whatever the current folder holds.
 
     Args:
         module: Its name.
         *arguments: What it finds in ``sys.argv``.
+        checkout: A folder with another copy of the package, which runs in the place of this one.
     """
-    root = Path(vllm_sirius.__file__).resolve().parents[1]
+    root = checkout or Path(vllm_sirius.__file__).resolve().parents[1]
     return [sys.executable, "-P", "-c", PROGRAM, str(root), module, *arguments]
 
 

@@ -62,9 +62,10 @@ class Engine:
     Args:
         options: Arguments of `vllm.LLM`.
         log: File that takes what the child prints.
+        checkout: A folder with another copy of the project, whose engine it is.
     """
 
-    def __init__(self, options: dict[str, Any], log: Path) -> None:
+    def __init__(self, options: dict[str, Any], log: Path, checkout: Path | None = None) -> None:
         self._log = log
         variables = child_environment(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -73,7 +74,7 @@ class Engine:
         )
         with log.open("wb") as stderr:
             self._child = subprocess.Popen(
-                python_command(__name__),
+                python_command(__name__, checkout=checkout),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
