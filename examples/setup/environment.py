@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import environment_plan as plan
 
@@ -133,6 +135,41 @@ def has_working_pip(environment: Path) -> bool:
     return subprocess.run(command, env=step_variables(), capture_output=True, check=False).returncode == 0
 
 
+def owner_of(environment: Path) -> Path | None:
+    """Find the checkout whose package is installed in an environment as it lies there.
+
+    Args:
+        environment: Folder of the virtual environment.
+
+    Returns:
+        Its folder; None where there is none, or none any more.
+    """
+    for record in environment.glob("lib/python*/site-packages/vllm_sirius-*.dist-info/direct_url.json"):
+        source = json.loads(record.read_text())
+        folder = Path(unquote(urlsplit(source.get("url", "")).path))
+        if source.get("dir_info", {}).get("editable") and (folder / "setup.py").is_file():
+            return folder
+    return None
+
+
+def check_owner(environment: Path) -> None:
+    """Refuse an environment whose programs run another checkout: setting it up here would make them run this one.
+
+    Args:
+        environment: Folder of the virtual environment.
+
+    Raises:
+        SetupError: It belongs to another checkout.
+    """
+    owner = owner_of(environment)
+    if owner is not None and owner.resolve() != plan.PROJECT_ROOT.resolve():
+        raise SetupError(
+            f"the environment {environment} belongs to the checkout {owner}, whose programs would run this one from now"
+            f" on: name another folder with VENV=..., or delete it; what needs no set-up runs in it by"
+            f" VENV={environment} examples/setup/run_in_environment.sh COMMAND"
+        )
+
+
 @contextmanager
 def locked(environment: Path) -> Iterator[None]:
     """Let one set-up of an environment run at a time.
@@ -218,7 +255,7 @@ def set_up(environment: Path, build: str, torch_index: str) -> bool:
         True when something was installed, False when all of it was there.
 
     Raises:
-        SetupError: A step failed.
+        SetupError: A step failed, or the environment belongs to another checkout.
     """
     asked = installation_steps(environment, build)
     key = plan.environment_key(asked, platform.python_version(), plan.PROJECT_ROOT)
@@ -227,6 +264,7 @@ def set_up(environment: Path, build: str, torch_index: str) -> bool:
     with locked(environment):
         if is_current(environment, key):
             return False
+        check_owner(environment)
         (environment / STAMP).unlink(missing_ok=True)
         steps = creation_steps(environment, build)
         steps += installation_steps(environment, build, torch_index)

@@ -29,6 +29,15 @@ def fresh_input() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Keeps tests fast on busy machines."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def one_or_two_threads(fresh_input: None) -> Iterator[None]:
     """A number of threads drawn at random, and afterwards the one from before."""
     before = torch.get_num_threads()

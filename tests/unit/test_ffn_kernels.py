@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,26 +33,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = tuple(Activation)
 
 HAS_COMPILER = bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    """Fresh random input in every run; pytest shows the seed of a failing test."""
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    random.seed(value)
-    return value
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keeps tests fast on busy machines; `test_threads_change_nothing_but_rounding` uses more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("fresh_input", "one_thread"),
+]
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
 from vllm_sirius.weights.low_bit import CHUNK_WEIGHTS, SPAN, LowBitRows
 
+pytestmark = pytest.mark.usefixtures("fresh_input")
+
 BITS = (8, 4)
 WIDTHS = (1, 7, 64, 65, 128, 129, 896, 1537)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    """Fresh random input in every run; pytest shows the seed of a failing test."""
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -199,6 +200,28 @@ def test_other_request_installs_again(sandbox, project):
     (project / "setup.py").write_text("changed")
     assert environment.set_up(sandbox, "cuda", "")
     assert runs_of(sandbox) == 3
+
+
+def installed_from(sandbox, checkout, **kind):
+    record = sandbox / "lib" / "python3.11" / "site-packages" / "vllm_sirius-0.1.0.dist-info" / "direct_url.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({"url": checkout.as_uri(), "dir_info": kind}))
+
+
+def test_the_environment_of_another_checkout_is_refused(sandbox, project, tmp_path):
+    other = tmp_path / "other checkout"
+    other.mkdir()
+    installed_from(sandbox, other, editable=True)
+    assert environment.set_up(sandbox, "cpu", "")  # there is no such checkout any more
+    (other / "setup.py").touch()
+    installed_from(sandbox, other, editable=True)
+    assert not environment.set_up(sandbox, "cpu", "")  # complete for this one: nothing would change
+    (sandbox / environment.STAMP).unlink()
+    installed_from(sandbox, other, editable=True)
+    with pytest.raises(environment.SetupError, match=f"belongs to the checkout {other}"):
+        environment.set_up(sandbox, "cpu", "")
+    installed_from(sandbox, other)  # a copy of its own
+    assert environment.set_up(sandbox, "cpu", "")
 
 
 def test_failed_set_up_leaves_no_stamp_and_is_repaired(sandbox):
