@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import prompts
 from benchmarks.configurations import BASELINE, Configuration, choose
 from benchmarks.errors import BenchmarkError, exit_status
-from benchmarks.setting import positive
+from benchmarks.setting import not_negative, positive
 from vllm_sirius.measuring.engine import Answers, Engine, EngineError
 from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS, WARM_UP_TOKENS, engine_options, rounded_length
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT_LENGTHS = (64, 256, 600)
 """Tokens of the random prompts."""
 TOKEN_IDS = range(1000, 30_000)
-"""Tokens that they are made of; every vocabulary has them."""
+"""Tokens that they are made of; vocabularies of real models have them."""
 BAR = 0.97
 
 Engines = dict[str, Engine]
@@ -44,7 +44,7 @@ def ratios(rounds: Sequence[tuple[Answers, Answers]]) -> str:
         Median and quartiles of before over after.
     """
     found = [before.seconds / after.seconds for before, after in rounds]
-    low, middle, high = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
     return f"{middle:.3f} ({low:.3f}-{high:.3f}, {len(found)} turns)"
 
 
@@ -92,6 +92,8 @@ def compare(engines: Engines, found: dict[str, list[prompts.Prompt]], given: arg
         for side, answers in zip(("before", "after"), zip(*taken, strict=True), strict=True):
             rate = sum(each.num_tokens for each in answers) / sum(each.seconds for each in answers)
             print(f"    {side}: {rate:.1f} tokens/s; {drafting(answers)}", flush=True)
+        same = sum(before.token_ids == after.token_ids for before, after in taken)
+        print(f"    {same} of {len(taken)} answers are the same", flush=True)
     for length in PROMPT_LENGTHS:
         # Each prompt once: a second time the prefix cache would hold it, were it on.
         draw = random.Random(length)
@@ -114,7 +116,7 @@ def _start(arm: Configuration, checkout: Path, log: Path, given: argparse.Namesp
     try:
         return Engine(options, log, checkout)
     except EngineError as error:
-        raise BenchmarkError(f"{arm.name} of {checkout.name}: {error}") from error
+        raise BenchmarkError(f"{arm.name} of {checkout}: {error}") from error
 
 
 def run(given: argparse.Namespace) -> int:
@@ -134,6 +136,8 @@ def run(given: argparse.Namespace) -> int:
         raise BenchmarkError(
             f"--before {given.before}: this is no checkout of the project whose engines can be measured"
         )
+    if any(name.startswith("draft-model") for name in given.arms):
+        raise BenchmarkError("--arms draft-model: checkouts are compared by what they change, which no draft model is")
     arms = choose(given.arms, given.config, None, given.compiled)
     found = prompts.collect(given.model, given.data, prompts.TASKS, given.num_prompts, given.offset)
     longest = max(len(prompt.token_ids) for task in found.values() for prompt in task)
@@ -144,20 +148,23 @@ def run(given: argparse.Namespace) -> int:
         flush=True,
     )
     sides = [("before", before), ("after", ROOT)]
-    with tempfile.TemporaryDirectory() as folder:
-        for arm in arms:
-            if arm.name == BASELINE and BASELINE not in given.arms:
-                continue
-            with ExitStack() as stack:
-                engines = {}
-                for name, checkout in reversed(sides) if given.start_after_first else sides:
-                    log = Path(folder) / f"{arm.name}-{name}.log"
-                    engines[name] = stack.enter_context(closing(_start(arm, checkout, log, given, longest)))
-                print(f"{arm.name}:", flush=True)
-                try:
-                    compare(engines, found, given)
-                except EngineError as error:
-                    raise BenchmarkError(str(error)) from error
+    # Kept: an error names a file in it.
+    folder = given.output or Path(tempfile.mkdtemp(prefix="sirius-checkouts-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"logs of the engines: {folder}", flush=True)
+    for arm in arms:
+        if arm.name == BASELINE and BASELINE not in given.arms:
+            continue
+        with ExitStack() as stack:
+            engines = {}
+            for name, checkout in reversed(sides) if given.start_after_first else sides:
+                log = folder / f"{arm.name}-{name}.log"
+                engines[name] = stack.enter_context(closing(_start(arm, checkout, log, given, longest)))
+            print(f"{arm.name}:", flush=True)
+            try:
+                compare(engines, found, given)
+            except EngineError as error:
+                raise BenchmarkError(str(error)) from error
     return 0
 
 
@@ -178,7 +185,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", default=[], metavar="NAME=JSON", help="further arms")
     parser.add_argument("--compiled", action="store_true", help="compile the models")
     parser.add_argument("--num-prompts", type=positive, default=2, metavar="N", help="of each data set")
-    parser.add_argument("--offset", type=int, default=0, metavar="N", help="questions to leave out at the start")
+    parser.add_argument(
+        "--offset", type=not_negative, default=0, metavar="N", help="questions to leave out at the start"
+    )
     parser.add_argument("--max-tokens", type=positive, default=256, metavar="N", help="of an answer")
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="of everything")
     parser.add_argument("--data", type=Path, default=prompts.DATA, help="folder of the data sets")
@@ -186,6 +195,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--start-after-first", action="store_true", help="start this checkout's engine first: it may find better memory"
     )
     parser.add_argument("--kv-cache-memory-bytes", type=positive, default=1 << 28, metavar="N", help="of an engine")
+    parser.add_argument("--output", type=Path, help="folder of the engines' logs (default: a new one)")
     return parser.parse_args(arguments)
 
 

@@ -96,9 +96,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-prompts", type=positive, default=16, metavar="N", help="of a task (default: %(default)s)"
     )
-    parser.add_argument(
-        "--offset", type=_not_negative, default=0, help="prompts to leave out at the start of each task"
-    )
+    parser.add_argument("--offset", type=not_negative, default=0, help="prompts to leave out at the start of each task")
     parser.add_argument("--data", type=Path, default=prompts.DATA, help="folder of the data sets")
     parser.add_argument("--max-tokens", type=positive, default=256, help="of an answer (default: %(default)s)")
 
@@ -245,7 +243,18 @@ def positive(text: str) -> int:
     return number
 
 
-def _not_negative(text: str) -> int:
+def not_negative(text: str) -> int:
+    """A number of the command line that may be 0.
+
+    Args:
+        text: What was written.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is below 0.
+    """
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0")

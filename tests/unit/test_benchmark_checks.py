@@ -40,7 +40,7 @@ def answers(seconds: float, tokens: int = 8, passes: int = 2, drafted: int = 6, 
 
 def test_the_ratio_of_two_checkouts_is_before_over_after_round_by_round():
     rounds = [(answers(2.0), answers(1.0)), (answers(3.0), answers(3.0)), (answers(1.0), answers(2.0))]
-    assert checkouts.ratios(rounds) == "1.000 (0.500-2.000, 3 turns)"
+    assert checkouts.ratios(rounds) == "1.000 (0.750-1.500, 3 turns)"
     assert checkouts.ratios([(answers(3.0), answers(2.0))]) == "1.500 (1.500-1.500, 1 turns)"
 
 

@@ -67,9 +67,16 @@ def test_children_take_one_package_installed_or_not_and_nothing_beside_it(poison
 
 
 def test_a_model_is_inspected_in_any_folder(poisoned: Path) -> None:
-    with pytest.raises(SiriusError) as caught:
+    """Options and names are judged here, models in a process of their own, which takes nothing from the folder."""
+    with pytest.raises(SiriusError, match="density=7"):
         inspect("no/such/model", {"density": 7})
-    assert "density=7" in str(caught.value)
+    with pytest.raises(SiriusError, match=f"{poisoned} is a folder without a config.json"):
+        inspect(str(poisoned))
+    with pytest.raises(SiriusError, match="does not exist"):
+        inspect(str(poisoned / "nowhere"))
+    (poisoned / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(SiriusError, match="model type `nonsense`"):
+        inspect(str(poisoned))
 
 
 def test_commands_of_vllm_and_of_the_set_up_keep_out_of_the_current_folder(poisoned: Path) -> None:

@@ -23,7 +23,7 @@ MAY_KNOW = {
         *("acceptance", "request_rules"),
     },
     "environment": {"plugin"},
-    "measuring": {"integration"},
+    "measuring": {"integration", "environment"},
     "tuning": {"measuring", "pacing", "request_rules"},
     "acceptance": set(),
     "request_rules": set(),

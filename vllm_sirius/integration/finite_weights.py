@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,20 +63,3 @@ class FiniteWeights:
             "be made of them, and the model itself would answer with nonsense: repair or download the checkpoint again, or, "
             "where its values overflow the engine's dtype, serve it with dtype='bfloat16' or 'float32'."
         )
-
-
-def check_layers(layers: dict[str, Any], model: nn.Module) -> None:
-    """Refuses a loaded model whose weights stay plain.
-
-    Args:
-        layers: Linear layers that drafts read, by path.
-        model: The model.
-
-    Raises:
-        SiriusUnsupportedError: If any weight is not finite.
-    """
-    found = FiniteWeights()
-    for name, layer in layers.items():
-        found.check(getattr(layer, "prefix", "") or name, layer.weight.data)
-    found.check_small(model)
-    found.raise_if_not()

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_sirius.config import SiriusConfig
+from vllm_sirius.environment.doctor import require_vllm
 from vllm_sirius.errors import ModelError, SiriusError, SiriusUnsupportedError
 from vllm_sirius.measuring.child import child_environment, python_command
+from vllm_sirius.measuring.model_name import check_model_name
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ def inspect(
     Raises:
         SiriusUnsupportedError: If Sirius cannot serve the model here, in the words of ``vllm serve``.
         SiriusConfigError: If an option is bad.
-        ModelError: If vLLM cannot.
+        ModelError: If vLLM cannot, is missing, or there is no such model.
     """
-    SiriusConfig.from_options(dict(options or {}))  # before anything slow
+    # Before anything slow, and in words that name what was given.
+    SiriusConfig.from_options(dict(options or {}))
+    check_model_name(model)
+    require_vllm()
     question = {
         "model": model,
         "options": dict(options or {}),
