@@ -7,6 +7,7 @@ from the prompt on; the time to the first token is measured apart, on random pro
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import sys
@@ -29,7 +30,6 @@ PROMPT_LENGTHS = (64, 256, 600)
 """Tokens of the random prompts."""
 TOKEN_IDS = range(1000, 30_000)
 """Tokens that they are made of; vocabularies of real models have them."""
-BAR = 0.97
 
 Engines = dict[str, Engine]
 
@@ -58,10 +58,8 @@ def drafting(answers: Sequence[Answers]) -> str:
         Verification passes with drafts, tokens drafted for each of them, and tokens accepted of those.
     """
     passes = sum(each.num_drafts for each in answers)
-    drafted, accepted = (
-        sum(each.num_draft_tokens for each in answers) / max(passes, 1),
-        sum(each.num_accepted_tokens for each in answers) / max(passes, 1),
-    )
+    drafted = sum(each.num_draft_tokens for each in answers) / max(passes, 1)
+    accepted = sum(each.num_accepted_tokens for each in answers) / max(passes, 1)
     return f"{passes} passes, {drafted:.2f} drafted, {accepted:.2f} accepted"
 
 
@@ -144,7 +142,7 @@ def run(given: argparse.Namespace) -> int:
     longest = max(longest + given.max_tokens, max(PROMPT_LENGTHS)) + WARM_UP_TOKENS
     machine = describe_machine()
     print(
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['vllm']}; ratio: after over before, bar {BAR}",
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['vllm']}; ratio: after over before",
         flush=True,
     )
     sides = [("before", before), ("after", ROOT)]
@@ -208,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    return exit_status(lambda: run(parse_arguments(arguments)))
+    return exit_status(functools.partial(run, parse_arguments(arguments)))
 
 
 if __name__ == "__main__":
