@@ -18,16 +18,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import prompts
 from benchmarks.errors import BenchmarkError, exit_status
 from benchmarks.setting import positive
 from vllm_sirius.measuring.engine import Engine, EngineError
-from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS
+from vllm_sirius.measuring.side_by_side import PAUSE_SECONDS, engine_options
 
 QUIET, BUSY = "undisturbed", "disturbed"
 BAR = 0.95
+MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,15 @@ def start(given: argparse.Namespace, name: str, folder: Path) -> Engine:
     Raises:
         BenchmarkError: If it does not start.
     """
-    options: dict[str, Any] = {
-        "model": given.model,
-        "dtype": given.dtype,
-        "max_model_len": 2048,
-        "max_num_seqs": given.max_num_seqs,
-        "kv_cache_memory_bytes": given.kv_cache_memory_bytes,
-        "enable_prefix_caching": False,
-        "enforce_eager": not given.compiled,
-        "disable_log_stats": False,
-        "speculative_config": {"method": "sirius", **json.loads(given.speculative_config)},
-    }
+    options = engine_options(
+        given.model,
+        given.dtype,
+        MAX_MODEL_LEN,
+        given.max_num_seqs,
+        given.kv_cache_memory_bytes,
+        enforce_eager=not given.compiled,
+        speculative_config={"method": "sirius", **json.loads(given.speculative_config)},
+    )
     log = folder / f"{name}.log"
     started = time.monotonic()
     try:

@@ -17,7 +17,6 @@ from benchmarks import (
     charts,
     commands,
     compare,
-    inspection,
     latency,
     plot,
     results,
@@ -344,31 +343,6 @@ def test_prompts_that_bench_serve_would_leave_out_are_refused():
         server.check_lengths([Prompt("gsm8k", 3, "", [1] * 1025)], 8)
     with pytest.raises(BenchmarkError, match="--max-tokens 1025"):
         server.check_lengths([Prompt("gsm8k", 3, "", [1] * 1024)], 1025)
-
-
-def test_memory_of_copies_and_of_a_draft_model(tmp_path):
-    shared, int4 = (
-        SiriusConfig(draft_weights="shared"),
-        SiriusConfig(sparsity="none", draft_weights="int4", draft_weights_scope="all"),
-    )
-    assert inspection.copied_bytes(shared, 1000, 0.6) == 600
-    assert inspection.copied_bytes(int4, 1000, 0.6) == 281
-    assert inspection.copied_bytes(replace(int4, draft_weights_scope="ffn"), 1000, 0.5) == 140
-    (tmp_path / "model.safetensors").write_bytes(b"12345")
-    drafter = Configuration("draft-model", {"method": "draft_model", "model": str(tmp_path)})
-    assert inspection.extra_memory_bytes(drafter, "") == 5
-    sirius = Configuration("default", {"method": "sirius"})
-    assert inspection.extra_memory_bytes(sirius, "24 FFNs | extra memory 1.5 MiB | more") == 3 << 19
-    assert inspection.extra_memory_bytes(sirius, "") is None
-    assert inspection.extra_memory_bytes(Configuration("vllm", {}), "") == 0
-
-
-def test_arms_with_the_same_draft_share_an_inspection():
-    drafts = {
-        inspection.draft_options(arm.sirius) for arm in choose(["coarse-shared", "coarse-shared@8"], [], None)[1:]
-    }
-    assert len(drafts) == 1
-    assert json.loads(drafts.pop()) == {"sparsity": "coarse", "draft_weights": "shared", "density": 0.5}
 
 
 @pytest.mark.parametrize(
