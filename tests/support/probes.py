@@ -12,6 +12,8 @@ import torch
 
 from support.engine_child import unfreeze
 from vllm_sirius.drafting.prompt_lookup import PromptLookup
+from vllm_sirius.integration.scheduler import LiveLookup
+from vllm_sirius.pacing.batch_length import BatchLength
 from vllm_sirius.pacing.costs import ENOUGH, CostCurve, StepCosts
 from vllm_sirius.pacing.policy import DraftPolicy
 
@@ -78,6 +80,13 @@ def fix_prompt_lookup(llm: Any, most: int) -> None:
     model_runner(llm).drafter.lookup = PromptLookup(CostCurve({1: 1.0, 32: 1.0}), most)
 
 
+class _FixedBatchLength(BatchLength):
+    """Takes every step to last as long as a step of one token and a hundredth for every token that it drafts."""
+
+    def observe_step(self, num_rows: int, length: int, seconds: float) -> None:
+        super().observe_step(num_rows, length, 1.0 + length / 100.0)
+
+
 class _CountingPromptLookup(PromptLookup):
     """Takes all candidates it finds, as if they cost nothing, and counts them."""
 
@@ -94,14 +103,16 @@ class _CountingPromptLookup(PromptLookup):
 def make_drafts_pay(llm: Any) -> dict[str, Any]:
     """Lets an engine draft and look candidates up whatever else its machine does: lengths still adapt, at costs that are made up.
 
-    On Model Runner V2 nothing needs to change: the scheduler tries every length before it chooses.
-
     Returns:
         What the options came to.
     """
     runner = model_runner(llm)
     config = runner.speculative_config.resolved.config
-    if not is_v2(runner):
+    if is_v2(runner):
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.draft_lengths = _FixedBatchLength(scheduler.vllm_config.speculative_config.adaptive_lengths)
+        scheduler.dynamic_sd_lookup = LiveLookup(scheduler.draft_lengths)
+    else:
         fix_costs(llm, 0.2)
         if runner.drafter.lookup is not None:
             runner.drafter.lookup = _CountingPromptLookup(config.prompt_lookup_tokens)
