@@ -44,7 +44,8 @@ def test_threshold_of_zero_accepts_every_draft(host, subject, threshold):
 
 
 @only_v1
-@pytest.mark.parametrize("name", [pytest.param(QWEN_SMALL, marks=pytest.mark.slow), GEMMA])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [QWEN_SMALL, GEMMA])
 def test_threshold_of_zero_accepts_every_draft_of_other_models(host, name):
     check_all_accepted(host, model_path(name), mixed_prompts(name, 2), {"threshold": 0})
 
