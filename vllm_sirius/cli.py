@@ -15,6 +15,7 @@ from vllm_sirius.environment import doctor as environment
 from vllm_sirius.errors import ModelError, SiriusConfigError, SiriusError
 from vllm_sirius.measuring.model_name import check_model_name
 from vllm_sirius.metrics import predicted_speedup
+from vllm_sirius.offload.errors import OffloadError
 from vllm_sirius.tuning import options as tuning_options
 from vllm_sirius.tuning.errors import TuningError, TuningInterrupted, TuningOptionError
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SiriusConfigError, TuningOptionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ModelError, TuningError) as error:
+    except (ModelError, OffloadError, TuningError) as error:
         print(f"error: {error}", file=sys.stderr)
     except SiriusError as error:
         print(f"not supported: {error}", file=sys.stderr)
@@ -73,10 +74,40 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--trust-remote-code", action="store_true")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     doctor.set_defaults(run=_doctor)
+    _add_offload(commands)
     tune = commands.add_parser("tune", help="measure drafts on this machine and write the settings that pay")
     tuning_options.add_arguments(tune)
     tune.set_defaults(run=_tune)
     return parser
+
+
+def _add_offload(commands: Any) -> None:
+    offload = commands.add_parser("offload", help="list or remove the files that offload='disk' has built")
+    verbs = offload.add_subparsers(dest="verb", required=True)
+    listing = verbs.add_parser("ls", help="list the files")
+    removing = verbs.add_parser("rm", help="remove files")
+    removing.add_argument("names", nargs="+", metavar="NAME", help="file, or `all` for those that no engine uses")
+    for verb in (listing, removing):
+        verb.add_argument("--offload-path", help="folder, as in the option offload_path; by default that of the cache")
+        verb.add_argument("--json", action="store_true", help="print JSON instead of text")
+        verb.set_defaults(run=_offload)
+
+
+def _offload(given: argparse.Namespace) -> int:
+    from vllm_sirius.offload.folder import offload_folder
+    from vllm_sirius.offload.listing import list_files, remove
+
+    folder = offload_folder(given.offload_path)
+    files = list_files(folder) if given.verb == "ls" else remove(folder, given.names)
+    if given.json:
+        print(json.dumps([file.as_json() for file in files], indent=2))
+        return 0
+    for file in files:
+        state = file.state if given.verb == "ls" else "removed"
+        print(f"{file.num_bytes / 1e9:8.2f} GB  {state:10}  {file.path}")
+    if not files:
+        print(f"no files in {folder}")
+    return 0
 
 
 def _options(text: str) -> dict[str, Any]:

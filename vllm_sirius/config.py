@@ -19,10 +19,16 @@ DRAFT_WEIGHTS = ("auto", "shared", "int8", "int4")
 DRAFT_WEIGHTS_SCOPES = ("ffn", "all")
 DRAFT_SAMPLINGS = ("greedy", "probabilistic")
 TARGET_KERNELS = ("auto", "vllm", "sirius")
+OFFLOADS = ("none", "disk")
 
 MIN_KERNEL_SIZE = 2
 MAX_KERNEL_SIZE = 128
 """vLLM's rejection sampler takes at most 128 draft tokens a request; the drafts are ``kernel_size - 1``."""
+
+OFFLOAD_KERNEL_SIZE = 64
+"""Default where a pass of the target reads its weights from a disk: longer drafts share one reading."""
+
+MAX_OFFLOAD_BUFFERS = 16
 
 MAX_PROMPT_LOOKUP_TOKENS = 31
 """The draft's kernels take at most 32 tokens; one of them is no candidate."""
@@ -56,6 +62,9 @@ COARSE_OPTIONS = ("density", "refresh")
 
 THRESHOLD_OPTIONS = ("threshold", "threshold_temperature")
 """Options that choose the threshold rule where no acceptance rule is given."""
+
+OFFLOAD_OPTIONS = ("offload_budget_gb", "offload_path", "offload_buffers")
+"""Options that say how weights are offloaded."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,15 @@ class SiriusConfig:
         prompt_lookup_tokens: Most candidates from the request's own text that a draft step reads beside the token it
             drafts. As many are taken as pay by measured cost, the draft stays the same and takes fewer steps. 0 looks
             nothing up. Model Runner V1 only.
+        offload: Where the target's weights lie: in memory, or in a file on a disk (CPU). With ``disk`` the draft's int4
+            copies stay in memory and a verification pass streams the target's layers from the file, so that a model runs in
+            little more than the memory of its 4-bit copy, with the answers of the whole one. ``kernel_size`` is then
+            64 unless it is given.
+        offload_budget_gb: Memory for weights with ``offload: disk``, in GB (10**9 bytes). It holds the draft's copies, what
+            is never streamed, buffers, and as many of the target's layers as still fit. The default is what the machine or
+            its control group has left beside the KV cache and a margin; the start-up says how much that is.
+        offload_path: Folder of the file with ``offload: disk``. The default lies beside the compiled kernels.
+        offload_buffers: Layers that ``offload: disk`` reads ahead into, at least 2.
         tree_width: Draft branches per position; only 1 so far.
         preset: Name of a set of options, which those given beside it refine.
     """
@@ -124,6 +142,10 @@ class SiriusConfig:
     threshold_temperature: float = 0.6
     adaptive: bool = True
     prompt_lookup_tokens: int = 7
+    offload: str = "none"
+    offload_budget_gb: float | None = None
+    offload_path: str | None = None
+    offload_buffers: int = 2
     tree_width: int = 1
     preset: str | None = None  # a label: `from_options` puts the values in
 
@@ -161,8 +183,39 @@ class SiriusConfig:
             )
         _require_bool("adaptive", self.adaptive)
         _require_int("prompt_lookup_tokens", self.prompt_lookup_tokens, 0, MAX_PROMPT_LOOKUP_TOKENS)
+        self._check_offload()
         _require_int("tree_width", self.tree_width, 1, None)
         self._check_supported()
+
+    def _check_offload(self) -> None:
+        _require_choice("offload", self.offload, OFFLOADS)
+        if self.offload_budget_gb is not None:
+            _require_number("offload_budget_gb", self.offload_budget_gb)
+            if self.offload_budget_gb <= 0.0:
+                raise SiriusConfigError(
+                    f"offload_budget_gb={self.offload_budget_gb!r} is no amount of memory: give GB above 0, or leave it out for "
+                    "what the machine has left."
+                )
+        if self.offload_path is not None and (not isinstance(self.offload_path, str) or not self.offload_path):
+            raise SiriusConfigError(
+                f"offload_path={self.offload_path!r} is not the path of a folder: give one, as text."
+            )
+        _require_int("offload_buffers", self.offload_buffers, 2, MAX_OFFLOAD_BUFFERS)
+        if self.offload == "none":
+            return
+        wanted = {
+            "sparsity": ("auto", "none"),
+            "draft_weights": ("auto", "int4"),
+            "draft_weights_scope": ("all",),
+            "target_kernels": ("auto", "sirius"),
+        }
+        for name, values in wanted.items():
+            if getattr(self, name) not in values:
+                raise SiriusConfigError(
+                    f"{name}={getattr(self, name)!r} with offload='disk': a draft must not read the target's weights, which are "
+                    f"on the disk, and those are streamed in the form of Sirius's kernel: use {name}={values[-1]!r}, or "
+                    "offload='none'."
+                )
 
     def _check_supported(self) -> None:
         if self.tree_width != 1:
@@ -195,6 +248,11 @@ class SiriusConfig:
             SiriusConfigError: If that contradicts another option.
         """
         sparsity, weights = self.sparsity, self.draft_weights
+        if self.offload == "disk" and not copies:
+            raise SiriusConfigError(
+                "offload='disk' needs the compiled kernels of a CPU, on which drafts read copies of their own, and this engine "
+                "cannot use them: `vllm-sirius doctor` says why; use offload='none'."
+            )
         if sparsity == "auto":
             sparsity = "none" if copies and weights != "shared" else "coarse"
         if weights == "auto":
@@ -244,6 +302,8 @@ class SiriusConfig:
             values["sparsity"] = "coarse"
         if any(key in given for key in THRESHOLD_OPTIONS):
             values.setdefault("acceptance", "threshold")
+        if values.get("offload") == "disk":
+            values.setdefault("kernel_size", OFFLOAD_KERNEL_SIZE)
         config = cls(**{key: values[key] for key in names if key in values})
         config._check_contradictions(given)
         return config
@@ -255,6 +315,12 @@ class SiriusConfig:
                 raise SiriusConfigError(
                     f"{key}={given[key]!r} has no meaning with acceptance='lossless': drop it, or use "
                     "acceptance='threshold'."
+                )
+        for key in OFFLOAD_OPTIONS:
+            if self.offload == "none" and key in given:
+                raise SiriusConfigError(
+                    f"{key}={given[key]!r} has no meaning with offload='none', which keeps all weights in memory: drop it, or "
+                    "use offload='disk'."
                 )
         if self.draft_weights == "shared" and "draft_weights_scope" in given:
             raise SiriusConfigError(

@@ -91,9 +91,9 @@ def values_of(name: str) -> str:
     Raises:
         LookupError: If a wrong value is not refused, or in other words.
     """
-    found = re.match(rf"{name}='\?' is not (.+?): ", _answer_to_a_wrong(name))
+    found = re.match(rf"{name}=\S+ is not (.+?): ", _answer_to_a_wrong(name))
     if found is None:
-        raise LookupError(f"no values in what is said of {name}='?': {_answer_to_a_wrong(name)!r}")
+        raise LookupError(f"no values in what is said of {name}: {_answer_to_a_wrong(name)!r}")
     words = found[1]
     if words.startswith("one of "):
         return ", ".join(f"`{value}`" for value in words.removeprefix("one of ").split(", "))
@@ -109,7 +109,8 @@ def _answer_to_a_wrong(name: str) -> str:
     from vllm_sirius.errors import SiriusConfigError
 
     try:
-        SiriusConfig.from_options({name: "?"})
+        # A path may be any text.
+        SiriusConfig.from_options({name: 0 if name == "offload_path" else "?"})
     except SiriusConfigError as error:
         return str(error)
     return ""

@@ -302,3 +302,19 @@ def pretend_longest_text(llm: Any, length: int) -> None:
 def cores() -> list[int]:
     """Cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
+
+
+def streamed_report(llm: Any) -> dict[str, Any]:
+    """What an engine streams, and what of it is in memory."""
+    runner = model_runner(llm)
+    target = (runner.speculator if is_v2(runner) else runner).loaded_target
+    found = target.streamed.statistics()
+    return {
+        "groups": len(target.memory.groups),
+        "streamed": target.memory.streamed,
+        "buffers": target.streamed.num_bytes,
+        "memory": target.memory.memory_bytes,
+        "rounds": found.num_rounds,
+        "bytes": found.num_bytes,
+        "weights": sum(p.numel() * p.element_size() for p in runner.model.parameters()),
+    }

@@ -9,19 +9,21 @@ from vllm_sirius.config import SiriusConfig
 from vllm_sirius.integration.speculative_config import ResolvedDraft, SiriusSpeculativeConfig, settle
 
 
-def key(options, copies=True, native=True, panels=False):
+def key(options, copies=True, native=True, panels=False, streamed=()):
     """The key of an engine that is loaded."""
     given = SiriusConfig.from_options(options)
     vllm_config = SimpleNamespace(speculative_config=SiriusSpeculativeConfig(sirius=given))
     decided = given.resolved(copies and native)
     config = replace(decided, target_kernels="sirius" if panels else "vllm")
-    settle(vllm_config, ResolvedDraft(config, native))
+    settle(vllm_config, ResolvedDraft(config, native, streamed))
     return vllm_config.speculative_config.compute_hash()
 
 
 DIFFERENT = {
     "default": key({}),
     "panels": key({}, panels=True),
+    "streamed": key({}, panels=True, streamed=(0, 1)),
+    "streamed otherwise": key({}, panels=True, streamed=(1,)),
     "ffn": key({"draft_weights_scope": "ffn"}),
     "int8": key({"draft_weights": "int8"}),
     "int8 ffn": key({"draft_weights": "int8", "draft_weights_scope": "ffn"}),

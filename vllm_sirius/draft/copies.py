@@ -6,7 +6,6 @@ compiled code already read them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +68,14 @@ class FFNCopy:
                 self.panels["down"] = rounded
         elif self._wanted:
             self._fill([(self._place.down, weight.t())], weight)
+
+    def restore(self) -> None:
+        """Takes memory for panels, whose values are read from where they were stored."""
+        ffn = self._ffn
+        half = LowBitPanels.empty(ffn.num_neurons, ffn.hidden_size)
+        self.panels["gate_up"] = interleave(half, half)
+        self.panels["down"] = LowBitPanels.empty(ffn.hidden_size, ffn.num_neurons)
+        self.num_read = 2
 
     def drop(self) -> None:
         """Frees the copies; norms are measured all the same."""
@@ -140,13 +147,40 @@ class DraftCopies:
         if self._wanted:
             self._linears[layer] = self._kept(self._linears.get(layer), weight)
 
-    def read_head(self) -> None:
-        """Copies the lm_head, whose plain weight stays readable."""
+    def read_head(self, weight: torch.Tensor) -> None:
+        """Is shown the weight of the lm_head, ``[outputs, inputs]``."""
         if self._wanted and self._head is not None:
-            started = time.perf_counter()
-            weight: Any = self._head.weight
-            self._head_copy = self._kept(self._head_copy, weight.data)
-            self.seconds += time.perf_counter() - started
+            self._head_copy = self._kept(self._head_copy, weight)
+
+    def restore(self, linears: Sequence[nn.Module]) -> None:
+        """Takes memory for panels of 4 bits, whose values are to be put into `stored`.
+
+        Args:
+            linears: Further layers, with their plain weights' shapes.
+        """
+        for ffn in self.ffns:
+            ffn.restore()
+        layer: Any
+        for layer in linears:
+            self._linears[layer] = LowBitPanels.empty(*layer.weight.shape)
+        if self._head is not None:
+            head: Any = self._head
+            self._head_copy = LowBitPanels.empty(*head.weight.shape)
+
+    def stored(self, linears: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+        """All that was derived from the weights, by names that are the same for the same model.
+
+        Args:
+            linears: The further layers that are copied, in an order that is the same for the same model.
+        """
+        found = {"draft.norms": self.neuron_norms}
+        for number, ffn in enumerate(self.ffns):
+            for name, panels in ffn.panels.items():
+                found[f"draft.{number}.{name}"] = panels.blocks if isinstance(panels, LowBitPanels) else panels
+        copies: list[tuple[str, Any]] = [(f"linear.{i}", self._linears[layer]) for i, layer in enumerate(linears)]
+        if self._head_copy is not None:
+            copies.append(("head", self._head_copy))
+        return found | {f"draft.{name}": copy.blocks for name, copy in copies}
 
     def drop(self) -> None:
         """Frees the copies; norms are measured all the same."""

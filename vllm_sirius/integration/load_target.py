@@ -26,10 +26,18 @@ from vllm_sirius.draft.locate import GatedFFN
 from vllm_sirius.errors import SiriusUnsupportedError
 from vllm_sirius.integration.draft_plan import DraftPlan, choose_packed_kernels, plan_draft, why_no_kernel
 from vllm_sirius.integration.finite_weights import FiniteWeights
+from vllm_sirius.integration.layerwise_loading import pack_while_loading
+from vllm_sirius.integration.offloaded_target import OffloadedTarget
 from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.target import LoadedTarget, settle_target
 from vllm_sirius.integration.target_linears import refresh_head, use_head_panels
-from vllm_sirius.integration.weight_readers import PackedReader, PlainReader, plain_weight
+from vllm_sirius.integration.weight_readers import (
+    PackedReader,
+    PlainReader,
+    has_own_head,
+    leave_lookups_alone,
+    plain_weight,
+)
 from vllm_sirius.kernels.native import KernelChoice, choose_triton
 from vllm_sirius.kernels.triton.statistics import observe_ffn
 from vllm_sirius.weights.reader import Seen, WeightReader
@@ -59,7 +67,11 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         built.append(_PackedTarget(vllm_config, model))
         return model
 
-    loader.create_model = create_and_check
+    def load_weights(model: nn.Module, model_config: Any) -> None:
+        built[0].load(loader, functools.partial(read_weights, model, model_config))
+
+    read_weights = loader.load_weights
+    loader.create_model, loader.load_weights = create_and_check, load_weights
     model = loader.load_model(vllm_config=vllm_config, model_config=vllm_config.model_config)
     if not built:
         raise SiriusUnsupportedError(
@@ -92,12 +104,19 @@ class _ReadWeights:
     Args:
         plan: What to copy.
         reader: Reads them.
+
+    Attributes:
+        finite: What was found of values that are not finite.
+        copies: What drafts read.
+        restored: Whether the copies were read from where they were stored, in place of being made.
     """
 
     def __init__(self, plan: DraftPlan, reader: WeightReader) -> None:
         self.plan = plan
         self.reader = reader
         self.finite = FiniteWeights()
+        self._head_is_shown = False
+        self.restored = False
         head = plan.head.module if plan.head is not None else None
         self.copies = DraftCopies(plan.ffns, plan.config, plan.copies, head)
         for ffn, copy in zip(plan.ffns, self.copies.ffns, strict=True):
@@ -105,6 +124,12 @@ class _ReadWeights:
             self._watch(ffn.down, f"{ffn.name}.down", copy.read_down)
         for linear in plan.linears:
             self._watch(linear.module, linear.name, functools.partial(self.copies.read_linear, linear.module))
+
+    def watch_head(self) -> None:
+        """Reads the lm_head while it is loaded, because its plain weight is gone afterwards."""
+        assert self.plan.head is not None
+        self._head_is_shown = True
+        self._watch(self.plan.head.module, self.plan.head.name, self.copies.read_head)
 
     def begin(self) -> None:
         """Before weights are loaded."""
@@ -121,9 +146,12 @@ class _ReadWeights:
         Raises:
             SiriusUnsupportedError: If a weight has NaN or infinite values.
         """
-        if self.plan.head is not None:
-            self.finite.check(self.plan.head.name, plain_weight(self.plan.head.module))
-        self.copies.read_head()
+        if self.plan.head is not None and not self._head_is_shown and not self.restored:
+            weight = plain_weight(self.plan.head.module)
+            self.finite.check(self.plan.head.name, weight)
+            started = time.perf_counter()
+            self.copies.read_head(weight)
+            self.copies.seconds += time.perf_counter() - started
         self.finite.check_small(model)
         self.finite.raise_if_not()
         assert all(ffn.num_read >= 2 for ffn in self.copies.ffns), "the loader did not process every FFN's weights"
@@ -143,18 +171,42 @@ class _PackedTarget:
 
     def __init__(self, vllm_config: Any, model: nn.Module) -> None:
         reader = PackedReader()
+        self._model = model
         self._plan = plan_draft(vllm_config, model, choose_packed_kernels, reader)
-        if self._plan.target_kernels.panels:
-            _want_panels(model, reader)
+        head = self._plan.parts.head
+        leave_lookups_alone(model, head)
         self._weights = _ReadWeights(self._plan, reader)
+        if self._plan.target_kernels.panels:
+            own_head = head if has_own_head(model, head) else None
+            _want_panels(model, reader, own_head)
+            if own_head is not None and self._plan.head is not None:
+                self._weights.watch_head()
+        self._offloaded: OffloadedTarget | None = None
+        if self._plan.config.offload == "disk":
+            self._offloaded = OffloadedTarget(vllm_config, model, self._plan, reader, self._weights.copies)
+        pack_while_loading(model)
         if self._plan.copies:
-            logger.info("Sirius: copies the draft's weights to %s once they are loaded", _kind(self._plan))
+            logger.info("Sirius: copies the draft's weights to %s while they load", _kind(self._plan))
+
+    def load(self, loader: Any, read_weights: Callable[[], None]) -> None:
+        """Loads the weights.
+
+        Args:
+            loader: Upstream's loader.
+            read_weights: Reads the checkpoint.
+        """
+        if self._offloaded is None:
+            read_weights()
+            return
+        self._offloaded.load(loader, self._model, read_weights)
+        self._weights.restored = self._offloaded.restored
 
     def finish(self, model: nn.Module) -> LoadedTarget:
         """Makes the target of what was read."""
         plan, weights = self._plan, self._weights
         copies, panels, head = weights.copies, plan.target_kernels.panels, plan.parts.head
         weights.finish(model)
+        streamed = self._offloaded.finish() if self._offloaded is not None else None
         if copies.num_copied:
             logger.info("Sirius: copied %d layers to %s in %.1f s", copies.num_copied, _kind(plan), copies.seconds)
 
@@ -165,8 +217,19 @@ class _PackedTarget:
 
         use_head_panels(head, panels)
         backend = copies.backend() if plan.kernels.native else None
-        reload = TargetReload(model, remake, weights)
-        return LoadedTarget(model, plan, copies.neuron_norms, backend, reload, linears=copies.linears())
+        fixed = "" if streamed is None else "offload='disk'"
+        reload = TargetReload(model, remake, weights, fixed=fixed)
+        memory = self._offloaded.memory if self._offloaded is not None else None
+        return LoadedTarget(
+            model,
+            plan,
+            copies.neuron_norms,
+            backend,
+            reload,
+            linears=copies.linears(),
+            streamed=streamed,
+            memory=memory,
+        )
 
 
 class _PlainTarget:
@@ -207,7 +270,9 @@ def _kind(plan: DraftPlan) -> str:
     return plan.config.draft_weights if plan.config.draft_bits is not None else "rows of their own values"
 
 
-def _want_panels(model: nn.Module, reader: PackedReader) -> None:
+def _want_panels(model: nn.Module, reader: PackedReader, own_head: nn.Module | None) -> None:
+    if own_head is not None:
+        reader.want_panels(own_head)
     for layer in model.modules():
         weight: Any = getattr(layer, "weight", None)
         if isinstance(layer, LinearBase) and reader.holds(layer) and weight is not None and weight.dim() == 2:

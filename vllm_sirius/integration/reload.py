@@ -38,6 +38,7 @@ class TargetReload:
         remake: Makes everything again, in place, once weights were loaded.
         copies: Copies that are made while weights load, or ``None`` where the weights stay plain.
         version: Tells by another number that plain weights were overwritten without ``load_weights``.
+        fixed: The option that keeps other weights from being loaded, or nothing.
 
     Attributes:
         usable: Whether drafts can be made of the weights that were loaded last.
@@ -49,10 +50,12 @@ class TargetReload:
         remake: Callable[[], None],
         copies: Copies | None = None,
         version: Callable[[], int] = lambda: 0,
+        fixed: str = "",
     ) -> None:
         self._remake = remake
         self._copies = copies
         self._version = version
+        self._fixed = fixed
         self._seen_version: int | None = None
         self._loading = False
         self._stale = False
@@ -84,6 +87,11 @@ class TargetReload:
             SiriusUnsupportedError: If the copies could not be made again; nothing is loaded then. After loading, if a weight
                 is not finite.
         """
+        if self._fixed:
+            raise SiriusUnsupportedError(
+                f"reload_weights with {self._fixed}: the target's weights are read from a file while the engine runs, and it "
+                "cannot be replaced meanwhile: start a new engine, which builds a new file."
+            )
         if self._copies is not None and not is_checkpoint_format:
             raise SiriusUnsupportedError(
                 "reload_weights(is_checkpoint_format=False): vLLM keeps weights packed on CPU, and the draft's copies are made "

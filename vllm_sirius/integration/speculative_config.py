@@ -30,10 +30,12 @@ class ResolvedDraft:
     Attributes:
         config: The options, with ``auto`` decided.
         native: Whether drafts run on native kernels.
+        streamed: Groups of the target's layers that are read from a disk.
     """
 
     config: SiriusConfig
     native: bool
+    streamed: tuple[int, ...] = ()
 
 
 @config
@@ -68,8 +70,18 @@ class SiriusSpeculativeConfig(SpeculativeConfig):
         copied. All other options are read while the operators run.
         """
         config, native = (self.sirius, None) if self.resolved is None else (self.resolved.config, self.resolved.native)
+        streamed = () if self.resolved is None else self.resolved.streamed
         scope = None if config.draft_weights == "shared" else config.draft_weights_scope
-        graph = (METHOD, __version__, config.sparsity, config.draft_weights, scope, config.target_kernels, native)
+        graph = (
+            METHOD,
+            __version__,
+            config.sparsity,
+            config.draft_weights,
+            scope,
+            config.target_kernels,
+            native,
+            streamed,
+        )
         return hashlib.sha256(repr(graph).encode()).hexdigest()
 
     def __repr__(self) -> str:

@@ -23,9 +23,11 @@ from vllm_sirius.integration.draft_plan import DraftPlan
 from vllm_sirius.integration.graph_operators import register_switch
 from vllm_sirius.integration.reload import TargetReload
 from vllm_sirius.integration.speculative_config import ResolvedDraft, resolved_config, settle
+from vllm_sirius.offload.plan import MemoryPlan
 from vllm_sirius.sparsity.coarse import CoarseSelection
 from vllm_sirius.sparsity.selector import NeuronSelector
 from vllm_sirius.sparsity.statistics import REFRESH_DECAY, NeuronStatistics, ObserveKernel
+from vllm_sirius.target.streamed import StreamedTarget
 
 logger = init_logger("vllm.sirius")
 
@@ -54,11 +56,18 @@ class LoadedTarget:
     reload: TargetReload
     observe: ObserveKernel | None = None
     linears: LowBitLinears | None = None
+    streamed: StreamedTarget | None = None
+    memory: MemoryPlan | None = None
 
     @property
     def ffns(self) -> list[GatedFFN]:
         """Its gated FFNs."""
         return self.plan.ffns
+
+    @property
+    def streamed_groups(self) -> tuple[int, ...]:
+        """Groups of its layers that are read from a disk."""
+        return () if self.memory is None else tuple(self.memory.streamed)
 
 
 def settle_target(target: LoadedTarget, vllm_config: Any) -> LoadedTarget:
@@ -75,7 +84,7 @@ def settle_target(target: LoadedTarget, vllm_config: Any) -> LoadedTarget:
         SiriusUnsupportedError: If the options given need the kernels.
     """
     target = _with_true_kernels(target, vllm_config)
-    settle(vllm_config, ResolvedDraft(target.plan.config, target.backend is not None))
+    settle(vllm_config, ResolvedDraft(target.plan.config, target.backend is not None, target.streamed_groups))
     return target
 
 
@@ -129,7 +138,8 @@ def install_switch(target: LoadedTarget, vllm_config: Any) -> tuple[ReducedFFNs,
         target.reload.call_after(selector.forget)
     density = 1.0 if config.sparsity == "none" else config.density
     # With fixed lengths and without prompt lookup nothing hangs on time, so that outputs can be repeated.
-    learns = (
+    # Where the target's weights are on a disk, no draft may read them.
+    learns = target.streamed is None and (
         target.backend is not None and device.type == "cpu" and (config.adaptive or config.prompt_lookup_tokens > 0)
     )
     switch = KernelSwitch(learns)

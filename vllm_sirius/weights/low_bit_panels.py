@@ -51,6 +51,16 @@ class LowBitPanels:
             _fill(blocks[first : first - (-rows.packed.shape[0] // OUTPUTS)], rows)
         return cls(blocks, num_outputs, width)
 
+    @classmethod
+    def empty(cls, num_outputs: int, width: int) -> LowBitPanels:
+        """Allocates panels whose values are to be read from elsewhere.
+
+        Args:
+            num_outputs: Outputs of the layer.
+            width: Inputs of the layer.
+        """
+        return cls(empty_on_huge_pages(_shape(num_outputs, width), torch.uint8), num_outputs, width)
+
     @staticmethod
     def bytes_of(num_outputs: int, width: int) -> int:
         """Bytes that a layer's copy will take, scales included.

@@ -12,6 +12,16 @@ OUTPUTS = 16
 """Outputs of a panel: as many as a vector register holds fp32 sums."""
 
 
+def panels_shape(num_outputs: int, width: int) -> tuple[int, int, int, int]:
+    """Shape of the panels of a weight.
+
+    Args:
+        num_outputs: Outputs of the layer.
+        width: Inputs of the layer.
+    """
+    return -(-num_outputs // OUTPUTS), -(-width // 2), OUTPUTS, 2
+
+
 @dataclass(frozen=True)
 class Panels:
     """The weight of a linear layer, every value as it was.
@@ -40,8 +50,8 @@ class Panels:
         if weight.dim() != 2 or weight.dtype != torch.bfloat16 or not weight.is_cpu or weight.numel() == 0:
             raise ValueError(f"panels hold bfloat16 [out, in] on CPU, not {weight.dtype} {list(weight.shape)}")
         num_outputs, width = weight.shape
-        num_panels, num_pairs = -(-num_outputs // OUTPUTS), -(-width // 2)
-        weights = empty_on_huge_pages((num_panels, num_pairs, OUTPUTS, 2), torch.bfloat16)
+        packed = cls.empty(num_outputs, width)
+        weights, (num_panels, num_pairs, _, _) = packed.weights, packed.weights.shape
         if width % 2:
             weight = torch.nn.functional.pad(weight, (0, 1))
         # A pair is moved as one 32-bit number.
@@ -50,7 +60,18 @@ class Panels:
         target[:whole] = pairs[: whole * OUTPUTS].view(whole, OUTPUTS, num_pairs).transpose(1, 2)
         if whole < num_panels:
             target[whole].zero_()[:, : num_outputs % OUTPUTS] = pairs[whole * OUTPUTS :].T
-        return cls(weights, num_outputs, width)
+        return packed
+
+    @classmethod
+    def empty(cls, num_outputs: int, width: int) -> Panels:
+        """Allocates panels whose values are to be read from elsewhere.
+
+        Args:
+            num_outputs: Outputs of the layer.
+            width: Inputs of the layer.
+        """
+        shape = panels_shape(num_outputs, width)
+        return cls(empty_on_huge_pages(shape, torch.bfloat16), num_outputs, width)
 
     def unpack(self) -> torch.Tensor:
         """Returns the weight, ``bfloat16 [out, in]``."""

@@ -49,6 +49,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
             self.load_config.load_format = "dummy"
         target = load_target(self.vllm_config)
         self.model = target.model
+        self.loaded_target = target
         self._reload = target.reload
         self.drafter.attach(target)
         self.draft_model = make_draft(target, self.drafter.ffns, self.vllm_config, torch.device("cpu"))

@@ -107,6 +107,7 @@ class SiriusSpeculator(DraftModelSpeculator):
         """
         target = self._target or read_target(target_model, self.vllm_config)
         self._target = None
+        self.loaded_target = target
         self.reload = target.reload
         self.model: Any = target_model
         # No layer belongs to the draft alone: the runner must treat all of them as the target's.

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,25 @@ logger = logging.getLogger("vllm.sirius")
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno")
 SOURCES = ("gated_ffn.cpp", "low_bit.cpp", "low_bit_panels.cpp", "panels.cpp")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a library is compiled from.
+
+    Attributes:
+        what: What it is, for the log.
+        folder: Where the sources are; headers beside them count as sources.
+        files: Those that are compiled.
+    """
+
+    what: str
+    folder: Path
+    files: tuple[str, ...]
+
+
+KERNELS = Sources("CPU kernels", Path(__file__).parent, SOURCES)
+
 BUILD_SECONDS = 300
 CACHE = "SIRIUS_CACHE"
 """Environment variable: folder of the compiled kernels."""
@@ -59,18 +79,23 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def build_library() -> Path:
+def build_library(sources: Sources = KERNELS) -> Path:
     """Returns the path of the compiled library, compiling it unless the cache has one that may be loaded.
+
+    Args:
+        sources: What to compile.
 
     Raises:
         KernelBuildError: If compiling fails, or the cache cannot be trusted or written to.
     """
     compiler = _compiler()
     try:
-        return find_or_make_library(cache_folder(), _fingerprint(compiler), lambda path: _compile(compiler, path))
+        return find_or_make_library(
+            cache_folder(), _fingerprint(compiler, sources), lambda path: _compile(compiler, sources, path)
+        )
     except LibraryStoreError as error:
         raise KernelBuildError(
-            f"the cache of compiled CPU kernels cannot be used, {error}: set {CACHE} to a folder that belongs to you and that "
+            f"the cache of compiled {sources.what} cannot be used, {error}: set {CACHE} to a folder that belongs to you and that "
             "no one else may write or rename, or repair this one"
         ) from error
 
@@ -90,12 +115,12 @@ def cache_folder() -> Path:
         raise KernelBuildError(f"this user has no home folder to keep compiled CPU kernels in: set {CACHE}") from error
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    sources = [str(Path(__file__).with_name(source)) for source in SOURCES]
-    logger.info("Sirius: compiling CPU kernels (once for this machine and release)")
+def _compile(compiler: list[str], sources: Sources, path: Path) -> None:
+    files = [str(sources.folder / file) for file in sources.files]
+    logger.info("Sirius: compiling %s (once for this machine and release)", sources.what)
     started = time.monotonic()
-    _run([*compiler, *FLAGS, *_preferences(), *sources, "-o", str(path)])
-    logger.info("Sirius: CPU kernels compiled in %.0f s", time.monotonic() - started)
+    _run([*compiler, *FLAGS, *_preferences(), *files, "-o", str(path)])
+    logger.info("Sirius: %s compiled in %.0f s", sources.what, time.monotonic() - started)
 
 
 def _compiler() -> list[str]:
@@ -108,9 +133,9 @@ def _compiler() -> list[str]:
     raise KernelBuildError("no C++ compiler found (tried g++, clang++, c++): install one or set CXX")
 
 
-def _fingerprint(compiler: list[str]) -> str:
+def _fingerprint(compiler: list[str], sources: Sources) -> str:
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
+    folder = sources.folder
     for source in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
         digest.update(source.name.encode() + source.read_bytes())
     for part in (*compiler, *FLAGS, *_preferences(), _run([*compiler, "--version"]), _processor()):
