@@ -56,8 +56,17 @@ SHAPES = {
     "llama-3-70b": Shape("llama-3-70b", 8192, 28672, 80, 64, 8, 128, 128256),
 }
 
+OFFLOAD_SHAPES = {
+    "32b": Shape("qwen2.5-32b", 5120, 27648, 64, 40, 8, 128, 152064),
+    "70b": SHAPES["llama-3-70b"],
+}
+"""Models that are larger than the GPUs they are run on."""
+
 TINY = Shape("tiny", 64, 72, 2, 4, 2, 16, 97)
 """For the correctness check."""
+
+TINY_OFFLOAD = Shape("tiny", 64, 128, 5, 4, 2, 16, 96)
+"""For that of `benchmarks.gpu.offload`, whose four-bit kernels want columns in multiples of 64; layers in an odd number."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +90,21 @@ PAPER_RESULTS = (
     # "More than 9 of 10 tokens" is all that the paper says of the acceptance length at this kernel size.
     PaperResult(10, 9.0, {"A40": 1.28, "L40": 1.28}),
 )
+
+
+@dataclass(frozen=True)
+class PaperOffload:
+    """The paper's result with offloaded weights: Llama-3-70B-Instruct on one L40 (arXiv 2409.03856), with a lossy rule.
+
+    Attributes:
+        seconds_per_token: With Sirius.
+        dense_seconds_per_token: Without.
+        speedup: The ratio that it reports.
+    """
+
+    seconds_per_token: float
+    dense_seconds_per_token: float
+    speedup: float
+
+
+PAPER_OFFLOAD = PaperOffload(3.68, 5.72, 1.55)
