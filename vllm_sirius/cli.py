@@ -16,6 +16,9 @@ from vllm_sirius.errors import ModelError, SiriusConfigError, SiriusError
 from vllm_sirius.measuring.model_name import check_model_name
 from vllm_sirius.metrics import predicted_speedup
 from vllm_sirius.offload.errors import OffloadError
+from vllm_sirius.offload.folder import offload_folder
+from vllm_sirius.offload.listing import list_files, remove
+from vllm_sirius.offload.report import describe_offload
 from vllm_sirius.tuning import options as tuning_options
 from vllm_sirius.tuning.errors import TuningError, TuningInterrupted, TuningOptionError
 
@@ -94,9 +97,6 @@ def _add_offload(commands: Any) -> None:
 
 
 def _offload(given: argparse.Namespace) -> int:
-    from vllm_sirius.offload.folder import offload_folder
-    from vllm_sirius.offload.listing import list_files, remove
-
     folder = offload_folder(given.offload_path)
     files = list_files(folder) if given.verb == "ls" else remove(folder, given.names)
     if given.json:
@@ -177,8 +177,10 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
     from vllm_sirius.integration.inspection import inspect_model
 
     engine = {"dtype": given.dtype, "trust_remote_code": given.trust_remote_code}
-    plan = inspect_model(given.model, given.speculative_config, engine)
+    inspected = inspect_model(given.model, given.speculative_config, engine)
+    plan = inspected.draft
     config, draft = plan.config, plan.draft_density
+    offload = None if inspected.memory is None else describe_offload(given.model, config, inspected.memory)
     length = config.kernel_size
     ceilings = {
         rate: predicted_speedup(acceptance_length(rate, length), length - 1, draft, 1.0) for rate in CEILING_ACCEPTANCE
@@ -199,6 +201,8 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
             "preset": config.preset,
             "ceiling_by_acceptance_rate": ceilings,
         }
+        if offload is not None:
+            report["offload"] = offload.as_json()
         print(json.dumps(report, indent=2))
         return 0
     print(f"{given.model}: supported")
@@ -208,6 +212,9 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
     print(f"  a draft step reads         {draft:.1%} of that ({how})")
     print(f"  extra memory for copies    {plan.copied_bytes / 2**20:.1f} MiB")
     print(f"  what of a draft is kept    {_rule_name(config)}")
+    if offload is not None:
+        print(offload.text())
+        return 0
     print(
         f"  ceiling of the speed-up at kernel size {length}, if a verification pass cost no more than one dense step:"
     )

@@ -18,8 +18,10 @@ pytestmark = pytest.mark.skipif(
 GREEDY = {"max_tokens": 24, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 0.8, "seed": 7}
 SAMPLING = [GREEDY, SEEDED, {**GREEDY, "max_tokens": 3}, SEEDED, GREEDY]
-BUDGET = 0.24
-"""GB: the copies of SmolLM2, its embeddings, two layers to read into and a few to keep."""
+BUDGET = 0.18
+"""GB: the copies of SmolLM2, its head, two layers to read into and a few to keep."""
+LEAST = 0.1
+"""GB: everything is streamed, the head included."""
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,12 @@ def test_answers_are_those_of_weights_in_memory(host, engine, reference, prompts
     assert 20 < len(report["streamed"]) < report["groups"] == 30
     assert report["memory"] <= BUDGET * 1e9
     assert report["rounds"] >= found.num_drafts / len(prompts)
-    assert report["weights"] + report["buffers"] < BUDGET * 1e9
+    assert report["weights"] + report["buffers"] < BUDGET * 1e9 - 7e7  # the draft's copies
     assert [path.suffix for path in files.iterdir() if not path.name.startswith(".")] == [".weights"]
 
 
 def test_a_second_start_reads_no_checkpoint(host, engine, reference, prompts, checkpoint):
-    """Nor does another budget: weights that nobody reads may be anything."""
+    """Nor does another budget, here so small that the head is streamed as well: weights that nobody reads may be anything."""
     weights = checkpoint / "model.safetensors"
     kept = weights.with_name("kept")
     shutil.copy2(weights, kept)
@@ -87,13 +89,13 @@ def test_a_second_start_reads_no_checkpoint(host, engine, reference, prompts, ch
         file.seek(1 << 20)
         file.write(os.urandom(1 << 20))
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
-    more = engine(offload_budget_gb=BUDGET + 0.05, kernel_size=8, offload_buffers=3)
+    more = engine(offload_budget_gb=LEAST, kernel_size=8, offload_buffers=3)
     try:
         assert host.generate(more, prompts, SAMPLING).token_ids == reference
     finally:
         shutil.move(kept, weights)
     report = host.probe(more, "support.probes:streamed_report")
-    assert 10 < len(report["streamed"]) < 22
+    assert len(report["streamed"]) > report["groups"]
 
 
 def test_new_weights_are_refused_while_the_old_ones_are_read(host, engine, checkpoint):
@@ -138,7 +140,11 @@ def test_a_file_that_is_written_to_under_an_engine_ends_it(engine, reference, pr
 @pytest.mark.parametrize(
     ("options", "engine_options", "words"),
     [
-        ({"offload_budget_gb": 0.1}, {}, r"offload_budget_gb=0\.1 is too little for this model: .* give at least 0\.2"),
+        (
+            {"offload_budget_gb": 0.05},
+            {},
+            r"offload_budget_gb=0\.05 is too little for this model: .* give at least 0\.1",
+        ),
         (
             {},
             {"dtype": "float32"},

@@ -55,7 +55,7 @@ def doctor(model: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     """What `vllm-sirius doctor` finds before any weight is loaded; not while an engine is alive."""
     from vllm_sirius.integration.inspection import inspect_model
 
-    plan = inspect_model(model, options, {"dtype": dtype})
+    plan = inspect_model(model, options, {"dtype": dtype}).draft
     return {"density": plan.draft_density, "copied_bytes": plan.copied_bytes, "step_bytes": plan.step_bytes}
 
 

@@ -38,6 +38,7 @@ def fire_every_rule(model: str) -> dict[str, Any]:
     drawn.sirius = dataclasses.replace(drawn.sirius, draft_sampling="probabilistic")
     assert _verdict(config, use_v2_model_runner=True, speculative_config=drawn) is None
     assert _verdict(config, use_v2_model_runner=True, model_config__use_fp64_gumbel=True) is None
+    assert "offload='disk'" in str(_verdict(config, offload_config=_offload(group=4)))
     experts = {"model_config__is_moe": True, "parallel_config__data_parallel_size": 2}
     for alone in experts:
         assert _verdict(config, **{alone: experts[alone]}) is None, alone
@@ -60,7 +61,7 @@ def fire_every_rule(model: str) -> dict[str, Any]:
         "connector": _verdict(config, kv_transfer_config=SimpleNamespace(kv_connector="X")),
         "fast prefill": _verdict(config, cache_config__kv_sharing_fast_prefill=True),
         "worker": _verdict(config, parallel_config__worker_cls="other.Worker"),
-        "prefetch": _verdict(config, offload_config=_offload(group=4)),
+        "vLLM's offload on a cpu": _verdict(config, offload_config=_offload(gigabytes=2.0)),
         "watermark": _verdict(config, watermark_config=object()),
         "eplb": _verdict(config, parallel_config__enable_eplb=True),
         **_fire_rules_of_the_platform(config),
@@ -83,6 +84,11 @@ def _fire_rules_of_the_platform(config: Any) -> dict[str, str | None]:
         engine_support.is_uva_available = lambda: False
         offload = _offload(gigabytes=1.0)
         fired["offload without uva"] = _verdict(config, use_v2_model_runner=True, offload_config=offload)
+        prefetch = _offload(group=4)
+        fired["prefetch"] = _verdict(config, use_v2_model_runner=True, offload_config=prefetch)
+        disk = copy.copy(config.speculative_config)
+        disk.sirius = dataclasses.replace(config.speculative_config.sirius, offload="disk")
+        fired["disk on a gpu"] = _verdict(config, use_v2_model_runner=True, speculative_config=disk)
         good_gpu = _verdict(config, use_v2_model_runner=True, parallel_config__tensor_parallel_size=2)
         rounded = copy.copy(config.speculative_config)
         for options in ({"draft_weights": "int8"}, {"sparsity": "none"}):

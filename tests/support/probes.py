@@ -310,7 +310,7 @@ def streamed_report(llm: Any) -> dict[str, Any]:
     target = (runner.speculator if is_v2(runner) else runner).loaded_target
     found = target.streamed.statistics()
     return {
-        "groups": len(target.memory.groups),
+        "groups": len(target.memory.resident),
         "streamed": target.memory.streamed,
         "buffers": target.streamed.num_bytes,
         "memory": target.memory.memory_bytes,

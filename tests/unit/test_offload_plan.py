@@ -8,29 +8,55 @@ import pytest
 
 from vllm_sirius.offload.available import available_bytes
 from vllm_sirius.offload.errors import OffloadError
-from vllm_sirius.offload.plan import plan_memory
+from vllm_sirius.offload.plan import WeightSizes, plan_memory
 
 pytestmark = pytest.mark.usefixtures("fresh_input")
 GB = 10**9
 
 
+SIZES = WeightSizes(copies=GB, kept=GB // 2, rows=GB, groups=(GB,) * 4, head=(GB // 2,) * 2)
+
+
 def test_a_large_budget_streams_nothing():
-    plan = plan_memory([GB] * 4, copies=GB, kept=GB, num_buffers=2, budget=6 * GB)
+    plan = plan_memory(SIZES, num_buffers=2, budget=int(7.5 * GB))
     assert plan.streamed == []
-    assert plan.memory_bytes == 6 * GB
+    assert plan.rows_in_memory
+    assert plan.head_in_memory
+    assert plan.memory_bytes == int(7.5 * GB)
     assert "nothing is streamed" in str(plan)
 
 
-def test_the_least_budget_streams_all():
-    plan = plan_memory([GB] * 4, copies=GB, kept=GB, num_buffers=2, budget=4 * GB)
-    assert plan.streamed == [0, 1, 2, 3]
-    assert (plan.buffer_bytes, plan.memory_bytes, plan.streamed_bytes) == (2 * GB, 4 * GB, 4 * GB)
-    assert "0 of 4 layers stay in memory, a pass streams 4 (4.00 GB)" in str(plan)
+def test_rows_are_looked_up_before_a_layer_is_streamed_that_need_not_be():
+    """A gigabyte less than all: the rows go to the file, and with two buffers one layer stays."""
+    plan = plan_memory(SIZES, num_buffers=2, budget=int(5.5 * GB))
+    assert not plan.rows_in_memory
+    assert plan.head_in_memory
+    assert plan.streamed == [0, 1, 2]
+    assert plan.memory_bytes == int(5.5 * GB)
+    assert "1 of 4 layers stay in memory, a pass streams 3 (3.00 GB)" in str(plan)
+
+
+def test_the_head_is_streamed_last():
+    plan = plan_memory(SIZES, num_buffers=2, budget=int(4.5 * GB))
+    assert (plan.streamed, plan.head_in_memory) == ([0, 1, 2, 3], True)
+    plan = plan_memory(SIZES, num_buffers=2, budget=int(3.5 * GB))
+    assert (plan.streamed, plan.num_streamed_layers, plan.head_in_memory) == ([0, 1, 2, 3, 4, 5], 4, False)
+    assert plan.streamed_bytes == 5 * GB
+    assert plan.buffer_bytes == 2 * GB
+    assert plan.memory_bytes == int(3.5 * GB)
+    assert "a pass streams 4 and the lm_head (5.00 GB)" in str(plan)
 
 
 def test_a_budget_below_the_least_says_the_least():
-    with pytest.raises(OffloadError, match=r"offload_budget_gb=3\.99 is too little .* give at least 4\.0"):
-        plan_memory([GB] * 4, copies=GB, kept=GB, num_buffers=2, budget=4 * GB - 10**7)
+    with pytest.raises(OffloadError, match=r"offload_budget_gb=3\.49 is too little .* give at least 3\.5"):
+        plan_memory(SIZES, num_buffers=2, budget=int(3.49 * GB))
+
+
+def test_what_has_neither_rows_nor_a_head_to_stream_keeps_them():
+    plan = plan_memory(WeightSizes(GB, GB, 0, (GB,) * 4), num_buffers=2, budget=4 * GB)
+    assert plan.streamed == [0, 1, 2, 3]
+    assert plan.rows_in_memory
+    assert plan.head_in_memory
 
 
 def test_resident_groups_are_spread_and_fit():
@@ -38,7 +64,8 @@ def test_resident_groups_are_spread_and_fit():
         count, size = random.randint(1, 60), random.randint(1, GB)
         least = 3 * size + min(2, count) * size
         budget = random.randint(least, least + count * size)
-        plan = plan_memory([size] * count, copies=size, kept=2 * size, num_buffers=2, budget=budget)
+        sizes = WeightSizes(size, 2 * size, 0, (size,) * count)
+        plan = plan_memory(sizes, num_buffers=2, budget=budget)
         assert plan.memory_bytes <= budget
         num_resident = sum(plan.resident)
         if num_resident + 1 < count - 1:

@@ -34,6 +34,7 @@ def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_check_passes() -> None:
     pytest.importorskip("triton")
     result = run_benchmark("--check")

@@ -157,12 +157,15 @@ class LowBitPanelsBackend:
     Args:
         ffns: The FFNs, each with an activation that the kernels know.
         weights: Of each, the panels of gate and up by turns, and the down projection.
+        max_tokens: Largest draft step that runs on them.
     """
 
-    max_tokens = 32
     max_error = 0.5
 
-    def __init__(self, ffns: Sequence[GatedFFN], weights: Sequence[tuple[torch.Tensor, LowBitPanels]]) -> None:
+    def __init__(
+        self, ffns: Sequence[GatedFFN], weights: Sequence[tuple[torch.Tensor, LowBitPanels]], max_tokens: int = 32
+    ) -> None:
+        self.max_tokens = max_tokens
         self._weights = tuple(weights)
         self._activations = [_known(ffn) for ffn in ffns]
         self.num_bytes = sum(gate_up.nbytes + down.num_bytes for gate_up, down in self._weights)

@@ -20,6 +20,10 @@ from vllm_sirius.weights.low_bit import LowBitRows
 from vllm_sirius.weights.low_bit_panels import LowBitPanels, interleave
 from vllm_sirius.weights.rows import by_neuron, empty_rows, gate_up_rows, gates_first, neuron_norms
 
+MOST_TOKENS = 32
+ANY_NUMBER = 1 << 30
+"""Tokens of a draft step."""
+
 
 class FFNCopy:
     """What the draft needs of one FFN: the neurons' norms, and their rows or panels if it reads its own.
@@ -194,7 +198,7 @@ class DraftCopies:
         """Kernels bound to the copies of the FFNs."""
         if self.ffns[0].panels:
             pairs: Any = [(ffn.panels["gate_up"], ffn.panels["down"]) for ffn in self.ffns]
-            return LowBitPanelsBackend(self._gated_ffns, pairs)
+            return LowBitPanelsBackend(self._gated_ffns, pairs, self._most_tokens)
         rows = [ffn.rows for ffn in self.ffns if ffn.rows is not None]
         fine = self._config.sparsity == "fine"
         return FineRowsBackend(self._gated_ffns, rows) if fine else CoarseRowsBackend(self._gated_ffns, rows)
@@ -204,7 +208,14 @@ class DraftCopies:
         head = None
         if self._head is not None and self._head_copy is not None:
             head = (self._head, self._head_copy)
-        return LowBitLinears(self._linears, head) if self._linears or head is not None else None
+        if not self._linears and head is None:
+            return None
+        return LowBitLinears(self._linears, head, self._most_tokens)
+
+    @property
+    def _most_tokens(self) -> int:
+        """Largest draft step on the copies; beyond it the target's weights are as good, unless they are on a disk."""
+        return ANY_NUMBER if self._config.offload == "disk" else MOST_TOKENS
 
     @property
     def num_copied(self) -> int:

@@ -59,16 +59,20 @@ class LowBitLinears:
         layers: Copy of each layer's weight, ``[out, in]``, by the layer. A layer's forward takes one input and returns the
             output, with its bias beside it where ``return_bias`` is set, as vLLM's parallel linear layers do.
         head: The lm_head and its copy, or ``None``; it is called through its ``quant_method``.
+        max_tokens: Largest draft step that runs on the copies.
 
     Attributes:
         num_calls: Times that each layer was run on its copy so far.
         num_head_calls: Times that the lm_head was.
     """
 
-    max_tokens = 32
-    """Largest batch that these kernels take."""
-
-    def __init__(self, layers: Mapping[nn.Module, LowBitWeight], head: tuple[nn.Module, LowBitWeight] | None) -> None:
+    def __init__(
+        self,
+        layers: Mapping[nn.Module, LowBitWeight],
+        head: tuple[nn.Module, LowBitWeight] | None,
+        max_tokens: int = 32,
+    ) -> None:
+        self.max_tokens = max_tokens
         self.layers = list(layers)
         self._rows = list(layers.values())
         self.head = head

@@ -35,6 +35,11 @@ def _probabilistic(config: Any) -> bool:
     return sirius is not None and sirius.draft_sampling == "probabilistic"
 
 
+def _offloaded(config: Any) -> bool:
+    sirius = sirius_config(config.speculative_config)
+    return sirius is not None and sirius.offload == "disk"
+
+
 def _copied_weights(config: Any) -> str | None:
     """The option that asks for quantised weights."""
     sirius = sirius_config(config.speculative_config)
@@ -164,6 +169,21 @@ RULES: tuple[Rule, ...] = (
     (
         lambda c: c.kv_transfer_config is not None and c.kv_transfer_config.kv_connector,
         "kv_connector={value!r}: draft passes must not be sent to other engines, not handled yet; drop --kv-transfer-config.",
+    ),
+    (
+        lambda c: not current_platform.is_cpu() and _offloaded(c) and "disk",
+        "offload={value!r}: weights are streamed to a CPU alone so far; on a GPU vLLM's --cpu-offload-gb keeps some on the host.",
+    ),
+    (
+        lambda c: (
+            current_platform.is_cpu()
+            and (c.offload_config.prefetch.offload_group_size or c.offload_config.uva.cpu_offload_gb)
+            and f"{c.offload_config.uva.cpu_offload_gb:g}, offload_group_size={c.offload_config.prefetch.offload_group_size}"
+        ),
+        (
+            "cpu_offload_gb={value}: these options of vLLM move weights between a GPU and its host, and do nothing on a CPU; for "
+            "a model that does not fit into memory use offload='disk' with offload_budget_gb, in the speculative config."
+        ),
     ),
     (
         lambda c: c.offload_config.offload_backend != "uva" and c.offload_config.prefetch.offload_group_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +24,28 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_sirius.draft.locate import GatedFFN
 from vllm_sirius.errors import ModelError, SiriusError, one_line
 from vllm_sirius.integration.draft_plan import DraftPlan, choose_packed_kernels, plan_draft, why_no_kernel
+from vllm_sirius.integration.offload_budget import weight_budget
+from vllm_sirius.integration.offload_parts import find_parts_to_offload
 from vllm_sirius.integration.speculative_config import METHOD
-from vllm_sirius.integration.weight_readers import PackedReader, PlainReader
+from vllm_sirius.integration.weight_readers import PackedReader, PlainReader, want_panels
 from vllm_sirius.kernels.native import KernelChoice, choose_kernels
+from vllm_sirius.offload.plan import MemoryPlan, plan_memory
 
 
-def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> DraftPlan:
+@dataclass(frozen=True)
+class InspectedModel:
+    """What serving a model would come to.
+
+    Attributes:
+        draft: What its drafts will copy and read.
+        memory: Where its weights will lie, or ``None`` if all of them are loaded into memory.
+    """
+
+    draft: DraftPlan
+    memory: MemoryPlan | None
+
+
+def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> InspectedModel:
     """Judges a model as serving it would, short of loading weights.
 
     Args:
@@ -37,11 +54,12 @@ def inspect_model(model: str, options: dict[str, Any], engine_options: dict[str,
         engine_options: Further arguments of `EngineArgs`, for example ``trust_remote_code``.
 
     Returns:
-        What its drafts will copy and read.
+        What it comes to.
 
     Raises:
         SiriusConfigError: If an option is bad.
         SiriusUnsupportedError: If the model or the set-up cannot be served.
+        OffloadError: If its weights do not fit into the budget that was given.
         ModelError: If vLLM itself cannot serve the model.
     """
     with _reason_in_one_line(model):
@@ -59,7 +77,7 @@ def _reason_in_one_line(model: str) -> Iterator[None]:
         raise ModelError(f"vLLM cannot serve {model}: {one_line(error)}") from error
 
 
-def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> DraftPlan:
+def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]) -> InspectedModel:
     engine_args = EngineArgs(
         model=model, enforce_eager=True, speculative_config={"method": METHOD, **options}, **engine_options
     )
@@ -72,9 +90,15 @@ def _inspect(model: str, options: dict[str, Any], engine_options: dict[str, Any]
         try:
             with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
                 built = initialize_model(vllm_config=vllm_config)
-            return plan_draft(
-                vllm_config, built, _choose_kernels, PackedReader() if current_platform.is_cpu() else PlainReader()
-            )
+            reader = PackedReader() if current_platform.is_cpu() else PlainReader()
+            plan = plan_draft(vllm_config, built, _choose_kernels, reader)
+            memory = None
+            if plan.config.offload == "disk" and isinstance(reader, PackedReader):
+                want_panels(built, plan.parts.head, reader)
+                sizes = find_parts_to_offload(built, plan, reader).sizes(built, plan.copied_bytes)
+                budget = weight_budget(vllm_config, plan.config.offload_budget_gb)
+                memory = plan_memory(sizes, plan.config.offload_buffers, budget)
+            return InspectedModel(plan, memory)
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
@@ -103,7 +127,7 @@ def describe_model(model: str, options: dict[str, Any], engine_options: dict[str
         SiriusUnsupportedError: If the model or the set-up cannot be served.
         ModelError: If vLLM itself cannot serve the model.
     """
-    plan = inspect_model(model, options, engine_options)
+    plan = inspect_model(model, options, engine_options).draft
     with _reason_in_one_line(model):
         config = EngineArgs(model=model, enforce_eager=True, **engine_options).create_engine_config()
     served, parallel = config.model_config, config.parallel_config

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_sirius.integration.weight_readers import ShowsWeight
 from vllm_sirius.weights.mapped_pages import give_back
+from vllm_sirius.weights.memory import give_free_memory_back
 
 logger = init_logger("vllm.sirius")
 
@@ -89,3 +90,4 @@ class _LayerLoading:
             # The loop that loads the checkpoint refers to every parameter until it ends.
             if id(parameter) not in kept:
                 parameter.data = parameter.data.new_empty(0)
+        give_free_memory_back()

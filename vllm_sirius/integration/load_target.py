@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import get_model_loader
 
 from vllm_sirius.draft.backends import TritonBackend
@@ -34,9 +33,9 @@ from vllm_sirius.integration.target_linears import refresh_head, use_head_panels
 from vllm_sirius.integration.weight_readers import (
     PackedReader,
     PlainReader,
-    has_own_head,
     leave_lookups_alone,
     plain_weight,
+    want_panels,
 )
 from vllm_sirius.kernels.native import KernelChoice, choose_triton
 from vllm_sirius.kernels.triton.statistics import observe_ffn
@@ -68,7 +67,11 @@ def load_target(vllm_config: Any) -> LoadedTarget:
         return model
 
     def load_weights(model: nn.Module, model_config: Any) -> None:
-        built[0].load(loader, functools.partial(read_weights, model, model_config))
+        read = functools.partial(read_weights, model, model_config)
+        if built:
+            built[0].load(loader, read)
+        else:  # refused below
+            read()
 
     read_weights = loader.load_weights
     loader.create_model, loader.load_weights = create_and_check, load_weights
@@ -174,13 +177,12 @@ class _PackedTarget:
         self._model = model
         self._plan = plan_draft(vllm_config, model, choose_packed_kernels, reader)
         head = self._plan.parts.head
-        leave_lookups_alone(model, head)
         self._weights = _ReadWeights(self._plan, reader)
         if self._plan.target_kernels.panels:
-            own_head = head if has_own_head(model, head) else None
-            _want_panels(model, reader, own_head)
-            if own_head is not None and self._plan.head is not None:
+            own_head = want_panels(model, head, reader)
+            if own_head and self._plan.head is not None:
                 self._weights.watch_head()
+        leave_lookups_alone(model, head, self._plan.target_kernels.panels)
         self._offloaded: OffloadedTarget | None = None
         if self._plan.config.offload == "disk":
             self._offloaded = OffloadedTarget(vllm_config, model, self._plan, reader, self._weights.copies)
@@ -215,7 +217,8 @@ class _PackedTarget:
             weights.finish(model)
             logger.info("Sirius: copied %d layers again in %.1f s", copies.num_copied, copies.seconds)
 
-        use_head_panels(head, panels)
+        if streamed is None:
+            use_head_panels(head, panels)
         backend = copies.backend() if plan.kernels.native else None
         fixed = "" if streamed is None else "offload='disk'"
         reload = TargetReload(model, remake, weights, fixed=fixed)
@@ -268,15 +271,6 @@ class _PlainTarget:
 
 def _kind(plan: DraftPlan) -> str:
     return plan.config.draft_weights if plan.config.draft_bits is not None else "rows of their own values"
-
-
-def _want_panels(model: nn.Module, reader: PackedReader, own_head: nn.Module | None) -> None:
-    if own_head is not None:
-        reader.want_panels(own_head)
-    for layer in model.modules():
-        weight: Any = getattr(layer, "weight", None)
-        if isinstance(layer, LinearBase) and reader.holds(layer) and weight is not None and weight.dim() == 2:
-            reader.want_panels(layer)
 
 
 def _version(ffns: list[GatedFFN]) -> int:

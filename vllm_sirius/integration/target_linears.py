@@ -7,6 +7,7 @@ another function is set there, on the same weights in another order; no vLLM fun
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,6 +137,17 @@ def use_streamed(layer: Any, target: StreamedTarget, number: int) -> None:
         return target.run(number, inputs, bias)
 
     layer.cpu_linear = linear
+
+
+def use_streamed_head(head: Any, target: StreamedTarget, numbers: Sequence[int]) -> None:
+    """Gives an lm_head the panel kernel on weights that are streamed in pieces.
+
+    Args:
+        head: The lm_head. Its plain weight is of no use to it any more.
+        target: The streamed layers of the model.
+        numbers: Places of its pieces among them.
+    """
+    head.cpu_linear = lambda inputs, _, bias: target.run_pieces(numbers, inputs, bias)
 
 
 def use_head_panels(head: Any, panels: bool) -> None:

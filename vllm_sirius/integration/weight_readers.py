@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -76,6 +76,10 @@ class ReadHeadMethod(ShowsWeight, UnquantizedEmbeddingMethod):
     """Upstream's method for an lm_head that shows its weight. Upstream keeps the plain weight beside the packed one."""
 
 
+class ReadLookupMethod(ShowsWeight, UnquantizedEmbeddingMethod):
+    """Upstream's method for an embedding that nothing is multiplied by, and that is stored when it is loaded."""
+
+
 class LookedUpMethod(UnquantizedEmbeddingMethod):
     """Upstream's method for an embedding that nothing is multiplied by: it is not packed, which upstream does all the same."""
 
@@ -118,6 +122,7 @@ class PackedReader(WeightReader):
         kinds: dict[type, Any] = {
             UnquantizedLinearMethod: ReadLinearMethod,
             UnquantizedEmbeddingMethod: ReadHeadMethod,
+            LookedUpMethod: ReadLookupMethod,
         }
         kind = kinds.get(type(method))
         if kind is None:
@@ -152,6 +157,27 @@ class PlainReader(WeightReader):
             seen(plain_weight(layer))
 
 
+def want_panels(model: nn.Module, head: Any, reader: PackedReader) -> bool:
+    """Has all plain linear layers of a model packed for Sirius's kernel, and the lm_head if it can be.
+
+    Args:
+        model: The model, before its weights are loaded.
+        head: What its logits are computed from, or ``None``.
+        reader: Reads its weights.
+
+    Returns:
+        Whether the head is among them.
+    """
+    own_head = has_own_head(model, head)
+    if own_head:
+        reader.want_panels(head)
+    for layer in model.modules():
+        weight: Any = getattr(layer, "weight", None)
+        if isinstance(layer, LinearBase) and reader.holds(layer) and weight is not None and weight.dim() == 2:
+            reader.want_panels(layer)
+    return own_head
+
+
 def has_own_head(model: nn.Module, head: Any) -> bool:
     """Whether an lm_head has a plain weight that nothing else reads, so that it can be packed like a linear layer.
 
@@ -164,19 +190,20 @@ def has_own_head(model: nn.Module, head: Any) -> bool:
     return not any(module is not head and getattr(module, "weight", None) is head.weight for module in model.modules())
 
 
-def leave_lookups_alone(model: nn.Module, head: Any) -> None:
-    """Keeps upstream from packing embeddings that are only looked up: a second copy of them that nothing reads.
+def leave_lookups_alone(model: nn.Module, head: Any, panels: bool) -> None:
+    """Keeps upstream from packing embeddings whose packed form nothing reads.
 
     Args:
         model: The model, before its weights are loaded.
         head: What its logits are computed from; with ``None`` it may be any embedding, and all are left as they are.
+        panels: Whether Sirius packs the head.
     """
     if head is None:
         return
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
-        is_lookup = isinstance(module, VocabParallelEmbedding) and module is not head
-        if is_lookup and type(method) is UnquantizedEmbeddingMethod:
+        is_unread = isinstance(module, VocabParallelEmbedding) and (panels or module is not head)
+        if is_unread and type(method) is UnquantizedEmbeddingMethod:
             method.__class__ = LookedUpMethod
 
 

@@ -270,18 +270,33 @@ class WeightFile:
             found = "none" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise OffloadError(f"{self.path} should hold {name} as {into.dtype} {list(into.shape)}, and holds {found}")
         target = into.view(-1).view(torch.uint8) if into.numel() else into.new_empty(0, dtype=torch.uint8)
+        self._read_pieces(entry, target)
+
+    def check(self, name: str) -> None:
+        """Checks the bytes of a tensor.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            OffloadError: If its bytes are not what was written.
+        """
+        self._read_pieces(self.entries[name], torch.empty(0, dtype=torch.uint8))
+
+    def _read_pieces(self, entry: Entry, target: torch.Tensor) -> None:
+        """Reads into as many bytes as there are, and checks them all."""
         start = 0
         with self.path.open("rb", buffering=0) as file:
             for piece in entry.pieces:
-                data = target[start : start + piece.num_bytes]
+                whole = target[start : start + piece.num_bytes]
+                data = whole
                 if data.numel() < piece.num_bytes:
                     data = torch.empty(piece.num_bytes, dtype=torch.uint8)
                 self._read(file.fileno(), data, entry.offset + start)
                 if crc32c(data) != piece.sum:
                     raise OffloadError(f"{self.path} is damaged at byte {entry.offset + start} (checksum). {REMEDY}")
-                rest = target[start : start + piece.num_bytes]
-                if rest.data_ptr() != data.data_ptr():
-                    rest.copy_(data[: rest.numel()])
+                if data is not whole:
+                    whole.copy_(data[: whole.numel()])
                 start += piece.num_bytes
             os.posix_fadvise(file.fileno(), entry.offset, entry.num_bytes, os.POSIX_FADV_DONTNEED)
 

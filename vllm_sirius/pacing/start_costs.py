@@ -22,6 +22,9 @@ MOST_TOKENS = 512
 LONG_PASS = 0.5
 """Larger passes, and those beyond the first that takes so many seconds, are learnt when they run: a start must be short."""
 
+VERY_LONG_PASS = 2.0
+"""Passes that are longer even at their smallest size are run once, as where the target's weights come from a disk."""
+
 USUAL_TOKENS = 16
 MOST_WARM_UP_SECONDS = 6.0
 """Up to so many tokens all passes are measured, unless they have taken so long already."""
@@ -122,8 +125,9 @@ def _warm_up(passes: Sequence[Pass], seconds_of: Callable[[Pass], float]) -> tup
             late = sum(found.values()) > MOST_WARM_UP_SECONDS
             if found[one] > LONG_PASS and (one.size >= USUAL_TOKENS or late):
                 long.add(one.draft)
-    # A pass that is long even at the smallest size is worth a second look all the same.
+    # A pass that is long even at the smallest size is worth a second look all the same, unless that takes too long.
     smallest = {next(one for one in passes if one.draft is kind) for kind in (True, False)}
+    smallest = {one for one in smallest if found[one] <= VERY_LONG_PASS}
     return found, [one for one, seconds in found.items() if seconds <= LONG_PASS or one in smallest]
 
 

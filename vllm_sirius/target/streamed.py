@@ -82,6 +82,24 @@ class StreamedTarget:
             stream.release(matrix.group)
         return output
 
+    def run_pieces(self, numbers: Sequence[int], inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Runs a linear layer whose outputs are spread over several matrices.
+
+        Args:
+            numbers: Its matrices, in the order of the outputs.
+            inputs: ``bfloat16 [..., in]``.
+            bias: ``[out]`` or ``None``.
+
+        Returns:
+            ``bfloat16 [..., out]``.
+
+        Raises:
+            OffloadError: If a matrix cannot be had.
+        """
+        sizes = [self._matrices[number].num_outputs for number in numbers]
+        parts = [None] * len(numbers) if bias is None else bias.split(sizes)
+        return torch.cat([self.run(number, inputs, part) for number, part in zip(numbers, parts, strict=True)], dim=-1)
+
     def statistics(self) -> StreamStatistics:
         """What was read so far."""
         return self._stream.statistics() if self._stream is not None else StreamStatistics(0, 0.0, 0.0, 0)

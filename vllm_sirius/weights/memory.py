@@ -30,6 +30,16 @@ def empty_on_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tenso
     return tensor
 
 
+def give_free_memory_back() -> None:
+    """Has the C library give freed memory back to the system, which it keeps for itself otherwise; glibc alone can.
+
+    While a model loads, plain weights are freed in pieces that are too small for the library to give back by itself.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _prefer_huge_pages(tensor: torch.Tensor) -> None:
     """Asks for huge pages, which must happen before the memory is first written. A system without them says no."""
     if _ADVICE is None:
