@@ -74,6 +74,9 @@ def test_answers_are_those_of_weights_in_memory(host, engine, reference, prompts
     report = host.probe(engine(), "support.probes:streamed_report")
     assert 20 < len(report["streamed"]) < report["groups"] == 30
     assert report["memory"] <= BUDGET * 1e9
+    assert report["said"]["passes"] == report["rounds"]
+    # A prompt's first token is not drafted for, and counts as well.
+    assert report["said"]["tokens"] == sum(map(len, found.token_ids))
     assert report["rounds"] >= found.num_drafts / len(prompts)
     assert report["weights"] + report["buffers"] < BUDGET * 1e9 - 7e7  # the draft's copies
     assert [path.suffix for path in files.iterdir() if not path.name.startswith(".")] == [".weights"]

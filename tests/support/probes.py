@@ -315,6 +315,7 @@ def streamed_report(llm: Any) -> dict[str, Any]:
         "buffers": target.streamed.num_bytes,
         "memory": target.memory.memory_bytes,
         "rounds": found.num_rounds,
+        "said": llm.collective_rpc("sirius_offload")[0],
         "bytes": found.num_bytes,
         "weights": sum(p.numel() * p.element_size() for p in runner.model.parameters()),
     }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from support.real_models import ROOT
 
 from vllm_sirius.offload import weight_file
 from vllm_sirius.offload.errors import OffloadError
+from vllm_sirius.offload.folder import building
 from vllm_sirius.offload.stream import PAGE, WeightStream
 from vllm_sirius.offload.weight_file import HEAD, WeightFile, WeightFileWriter
 
@@ -161,3 +166,24 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     with pytest.raises(OffloadError, match=r"cannot be written .*: set offload_path to a folder of yours"):
         WeightFileWriter(tmp_path / "missing" / "model.weights", [{"a": 12}], 0)
+
+
+def test_an_engine_that_is_killed_while_it_builds_leaves_no_file_and_no_lock(tmp_path):
+    path = tmp_path / "model.weights"
+    script = (
+        "import os, pathlib, signal, sys, torch\n"
+        "from vllm_sirius.offload.folder import building\n"
+        "from vllm_sirius.offload.weight_file import WeightFileWriter\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "with building(path):\n"
+        "    writer = WeightFileWriter(path, [{'a': 12}], 0)\n"
+        "    writer.write('a', torch.ones(3))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert ".model.weights.partial" in files_in(tmp_path)
+    assert not path.exists()
+    with building(path):
+        write(path, matrices())
+    assert [name for name in files_in(tmp_path) if not name.endswith(".lock")] == ["model.weights"]

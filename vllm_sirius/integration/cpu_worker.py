@@ -43,6 +43,11 @@ class SiriusCPUWorker(cpu_worker.CPUWorker):
         """Measured costs, for `LLM.collective_rpc`: ``draft_seconds`` by rows and ``target_seconds`` by tokens."""
         return costs_of_worker(self)
 
+    def sirius_offload(self) -> dict[str, float]:
+        """What was streamed so far, for `LLM.collective_rpc`; empty where nothing is. See `StreamReport.as_dict`."""
+        report = getattr(self.model_runner, "stream_report", None)
+        return {} if report is None else report.as_dict()
+
     def _runner_of_sirius(self) -> tuple[Any, type]:
         """The module whose global names the runner, and the class to put there."""
         if self.use_v2_model_runner:

@@ -20,6 +20,7 @@ from vllm_sirius.integration.runner_v1.seeded_draws import place_generators
 from vllm_sirius.integration.speculative_config import METHOD, resolved_config, sirius_config
 from vllm_sirius.integration.target import make_draft
 from vllm_sirius.pacing.costs import StepCosts
+from vllm_sirius.target.stream_report import StreamReport
 
 
 class SiriusCPUModelRunner(CPUModelRunner):
@@ -39,6 +40,7 @@ class SiriusCPUModelRunner(CPUModelRunner):
         assert config is not None
         self.sirius = config
         self._costs: StepCosts | None = None
+        self.stream_report: StreamReport | None = None
         with _AsCustomClass(vllm_config.speculative_config):
             super().__init__(vllm_config, device)
         self.rejection_sampler = SiriusRejectionSampler(self.rejection_sampler, vllm_config.speculative_config)
@@ -50,6 +52,9 @@ class SiriusCPUModelRunner(CPUModelRunner):
         target = load_target(self.vllm_config)
         self.model = target.model
         self.loaded_target = target
+        if target.streamed_groups:
+            assert target.streamed is not None
+            self.stream_report = StreamReport(target.streamed)
         self._reload = target.reload
         self.drafter.attach(target)
         self.draft_model = make_draft(target, self.drafter.ffns, self.vllm_config, torch.device("cpu"))
@@ -107,6 +112,8 @@ class SiriusCPUModelRunner(CPUModelRunner):
         Returns:
             Draft tokens per row.
         """
+        if self.stream_report is not None:
+            self.stream_report.emitted(sum(map(len, sampled_token_ids)))
         common_attn_metadata = unused[-2]
         batch = self.input_batch
         step = VerifiedStep(
