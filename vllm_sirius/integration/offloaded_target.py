@@ -18,8 +18,10 @@ from tqdm import tqdm
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from vllm_sirius.draft import copies as draft_copies
 from vllm_sirius.draft.copies import DraftCopies
 from vllm_sirius.errors import SiriusUnsupportedError
+from vllm_sirius.integration import offload_parts
 from vllm_sirius.integration.draft_plan import DraftPlan
 from vllm_sirius.integration.offload_budget import weight_budget
 from vllm_sirius.integration.offload_parts import HeadPiece, find_parts_to_offload, others, panel_bytes
@@ -27,6 +29,7 @@ from vllm_sirius.integration.stored_embedding import look_up_in_file
 from vllm_sirius.integration.target_linears import use_panels, use_streamed, use_streamed_head
 from vllm_sirius.integration.weight_readers import PackedReader, ShowsWeight
 from vllm_sirius.offload import folder as offload_folder
+from vllm_sirius.offload import weight_file
 from vllm_sirius.offload.errors import OffloadError
 from vllm_sirius.offload.plan import GB, plan_memory
 from vllm_sirius.offload.stream import WeightStream
@@ -320,8 +323,8 @@ def _checkpoint_files(loader: Any, model_config: Any, load_config: Any) -> list[
 
 
 def _layout() -> str:
-    """Changes whenever the code does that makes panels and copies."""
+    """Changes whenever the code does that makes panels and copies, or that says which of them are in a file."""
     digest = hashlib.sha256()
-    for module in (low_bit, low_bit_panels, panels):
+    for module in (low_bit, low_bit_panels, panels, offload_parts, draft_copies, weight_file):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:16]
