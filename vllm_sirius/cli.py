@@ -16,9 +16,6 @@ from vllm_sirius.errors import ModelError, SiriusConfigError, SiriusError
 from vllm_sirius.measuring.model_name import check_model_name
 from vllm_sirius.metrics import predicted_speedup
 from vllm_sirius.offload.errors import OffloadError
-from vllm_sirius.offload.folder import offload_folder
-from vllm_sirius.offload.listing import list_files, remove
-from vllm_sirius.offload.report import describe_offload
 from vllm_sirius.tuning import options as tuning_options
 from vllm_sirius.tuning.errors import TuningError, TuningInterrupted, TuningOptionError
 
@@ -97,6 +94,9 @@ def _add_offload(commands: Any) -> None:
 
 
 def _offload(given: argparse.Namespace) -> int:
+    from vllm_sirius.offload.folder import offload_folder
+    from vllm_sirius.offload.listing import list_files, remove
+
     folder = offload_folder(given.offload_path)
     files = list_files(folder) if given.verb == "ls" else remove(folder, given.names)
     if given.json:
@@ -180,7 +180,7 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
     inspected = inspect_model(given.model, given.speculative_config, engine)
     plan = inspected.draft
     config, draft = plan.config, plan.draft_density
-    offload = None if inspected.memory is None else describe_offload(given.model, config, inspected.memory)
+    offload = _offload_report(given.model, config, inspected.memory)
     length = config.kernel_size
     ceilings = {
         rate: predicted_speedup(acceptance_length(rate, length), length - 1, draft, 1.0) for rate in CEILING_ACCEPTANCE
@@ -224,6 +224,15 @@ def _doctor_of_model(given: argparse.Namespace) -> int:
             f"   {ceiling:.2f}x"
         )
     return 0
+
+
+def _offload_report(model: str, config: SiriusConfig, memory: Any) -> Any:
+    """What streaming comes to; ``None`` where nothing may be on a disk."""
+    if memory is None:
+        return None
+    from vllm_sirius.offload.report import describe_offload
+
+    return describe_offload(model, config, memory)
 
 
 def _tune(given: argparse.Namespace) -> int:

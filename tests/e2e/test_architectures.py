@@ -107,6 +107,7 @@ def test_what_drafts_by_default(host, tiny_root, name, draft):
 
 
 @only_v1
+@pytest.mark.slow
 def test_a_compiled_engine_of_the_transformers_backend_drafts(host, tiny_root):
     plain = engine("smollm3_geglu", tiny_root)
     options = {**FIXED, "kernel_size": 4}

@@ -64,7 +64,7 @@ def test_threshold_above_one_equals_lossless(host):
     assert found.token_ids == reference
 
 
-@v2_is_slow
+@pytest.mark.slow
 def test_threshold_changes_the_text_and_lengthens_acceptance(host):
     prompts, sampling = chat_prompts(SMOL, "gsm8k", 3), {"max_tokens": 33, "ignore_eos": True}
     model = model_path(SMOL)

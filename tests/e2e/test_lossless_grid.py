@@ -13,7 +13,7 @@ DRAFTS = {
         for density in (0.3, 0.5)
     },
 }
-QUICK = {("default", 1), ("default", 8), ("coarse-0.3", 8), ("fine-0.3", 1)}
+QUICK = {("default", 1), ("default", 8), ("coarse-0.3", 8), ("fine-0.3", 8)}
 """What `make test` runs."""
 
 

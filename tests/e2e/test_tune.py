@@ -118,6 +118,7 @@ def test_a_draft_is_measured_on_model_runner_v2(tmp_path, monkeypatch):
         assert [prediction.kernel_size for prediction in found.predictions[rule]] == [2, 3]
 
 
+@pytest.mark.slow
 def test_an_engine_without_sirius_says_why_it_has_no_costs(tmp_path):
     """The engine goes on, for its arm can be measured all the same; the reason is told."""
     options = {"model": str(build("llama", tmp_path)), "enforce_eager": True, "max_model_len": 64}
