@@ -135,7 +135,9 @@ def write(file: Path, text: str) -> None:
     try:
         file.write_text(text)
     except OSError as error:
-        raise GroupError(f"{file} does not take {text!r} ({error.strerror}): run as root on a kernel that has it") from error
+        raise GroupError(
+            f"{file} does not take {text!r} ({error.strerror}): run as root on a kernel that has it"
+        ) from error
 
 
 def number(file: Path) -> int | None:
