@@ -27,6 +27,10 @@ OURS, OFF, ALONE, ACCELERATE, LLAMA, LLAMA_DRAFT = (
 NAMES = (OURS, OFF, LLAMA, LLAMA_DRAFT, ACCELERATE, ALONE)
 
 
+LLAMA_BYTES, ACCELERATE_BYTES = 300_000_000, 700_000_000
+"""Programs, buffers and activations, with room to spare: what they need in the way of memory decides about nothing."""
+
+
 class Answerer(Protocol):
     """A program that answers prompts one at a time."""
 
@@ -70,6 +74,7 @@ class Arm:
         drafts: Whether it drafts; otherwise each token is a pass over all weights.
         may_run_out: Whether running out of memory is a result and no failure.
         missing: What it needs and does not find; empty where nothing is missing.
+        own_bytes: What the program itself takes, beside weights and KV cache; ``None`` for engines of vLLM.
         options: For the results file.
     """
 
@@ -80,6 +85,7 @@ class Arm:
     drafts: bool = False
     may_run_out: bool = False
     missing: str = ""
+    own_bytes: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -172,7 +178,7 @@ def _llama(sizes: Sizes, files: LlamaFiles, draft_length: int) -> Arm:
 
     read = [files.whole, files.draft] if draft_length else [files.whole]
     if not draft_length:
-        return Arm(LLAMA, "llama.cpp, bf16 by mmap", start, read, missing=files.missing())
+        return Arm(LLAMA, "llama.cpp, bf16 by mmap", start, read, missing=files.missing(), own_bytes=LLAMA_BYTES)
     return Arm(
         f"{LLAMA_DRAFT}@{draft_length}",
         f"llama.cpp, bf16 by mmap, own {files.draft_type} draft of {draft_length}",
@@ -180,6 +186,7 @@ def _llama(sizes: Sizes, files: LlamaFiles, draft_length: int) -> Arm:
         read,
         drafts=True,
         missing=files.missing(),
+        own_bytes=LLAMA_BYTES,
         options={"draft_tokens": draft_length, "draft_type": files.draft_type},
     )
 
@@ -197,5 +204,6 @@ def _accelerate(sizes: Sizes) -> Arm:
         sorted(Path(sizes.model).glob("*.safetensors")),
         missing=accelerate_arm.missing(),
         may_run_out=True,
+        own_bytes=ACCELERATE_BYTES,
         options={"memory_for_weights": sizes.weight_bytes},
     )

@@ -26,6 +26,7 @@ COLUMNS = (
     "tokens/pass",
     "GB/token",
     "GB/s read",
+    "bound GB",
     "peak GB",
     "without cache",
     "same answers",
@@ -146,6 +147,7 @@ def cells(line: Line, best: str) -> list[str]:
         number(line.tokens_per_pass),
         number(line.read_per_token, GB, 3),
         number(line.read_rate, GB),
+        number(state.get("memory_bytes"), GB),
         number(state.get("peak_bytes"), GB),
         number(state.get("peak_anonymous_bytes"), GB),
         f"{line.same}/{line.compared}" if line.compared and line.arm != OFF else NONE,
@@ -160,15 +162,7 @@ def report(result: Result, markdown: bool = False) -> str:
         markdown: Whether to write Markdown.
     """
     facts = result.provenance
-    cage = facts["cage"]
-    bound = f"{cage['memory_bytes'] / GB:.2f} GB of memory" if cage["memory_bytes"] else "no bound of memory"
-    heading = (
-        f"{facts['model']}, bf16, greedy, batch 1, at most {facts['sampling']['max_tokens']} tokens an answer "
-        f"({facts['sampling']['slow_max_tokens']} without drafts), {facts['repeats']} repeats; {bound}, of it "
-        f"{cage['weight_bytes'] / GB:.2f} for weights; disk: {cage['throttle']}; {facts['cores']} cores of {facts['cpu']}, "
-        f"{facts['vllm']}, vllm-sirius {facts['commit']}, {facts['date'][:10]}"
-    )
-    parts = [heading]
+    parts = [_heading(result)]
     if facts.get("random_weights"):
         parts.append("Random weights: memory and rate mean something, what drafts gain does not, and is left out.")
     for rate in facts["rates"]:
@@ -184,6 +178,18 @@ def report(result: Result, markdown: bool = False) -> str:
     if any(arm == OURS for arm in result.arms):
         parts.append(f"ratio: to {OFF}, the same engine without drafts; GB are 10**9 bytes")
     return "\n\n".join(parts)
+
+
+def _heading(result: Result) -> str:
+    facts = result.provenance
+    cage, sampling = facts["cage"], facts["sampling"]
+    bound = f"{cage['memory_bytes'] / GB:.2f} GB of memory for vLLM" if cage["memory_bytes"] else "memory not bounded"
+    return (
+        f"{facts['model']}, bf16, greedy, batch 1, at most {sampling['max_tokens']} tokens an answer "
+        f"({sampling['slow_max_tokens']} without drafts), {facts['repeats']} repeats; {bound}, of it "
+        f"{cage['weight_bytes'] / GB:.2f} for weights ({cage['bound']}); disk: {cage['throttle']}; "
+        f"{facts['cores']} cores of {facts['cpu']}, {facts['vllm']}, vllm-sirius {facts['commit']}, {facts['date'][:10]}"
+    )
 
 
 def _others(result: Result, rate: float) -> list[str]:

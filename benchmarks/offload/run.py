@@ -111,8 +111,10 @@ def run_arm(what: OffloadSetting, arm: Arm, rate: float, result: Result) -> None
     state: dict[str, Any] = {"cached_bytes_before": page_cache.drop(weight_files(arm)), "status": results.MEASURED}
     result.arms[arm.name]["rates"][f"{rate:g}"] = state
     log = what.folder / f"{arm.name}-{rate:g}.log"
+    limits = what.limits(rate, arm)
+    state["memory_bytes"] = limits.memory_bytes
     started = time.monotonic()
-    with Cage(what.limits(rate)) as cage:
+    with Cage(limits) as cage:
         try:
             with closing(arm.start(what.prefix(cage, rate), log)) as answerer:
                 _warm_up(what, arm, answerer)

@@ -30,6 +30,13 @@ GB = 10**9
 WEIGHTS_SHARE = 0.6
 """Of the checkpoint: enough for 4-bit copies, embeddings and buffers, too little for bf16."""
 
+TOTAL, WEIGHTS = "total", "weights"
+BOUNDS = {
+    TOTAL: "the same for all arms",
+    WEIGHTS: "the same memory for weights in all arms, and beside it what each program itself takes",
+}
+"""vLLM itself takes a gigabyte more than other programs, which weighs little beside a large model and much beside a small one."""
+
 BLKIO, READER, NO_THROTTLE = "kernel", "reader", "none"
 THROTTLES = {
     BLKIO: "bounded by the kernel (blkio.throttle or io.max), for all arms alike",
@@ -48,7 +55,8 @@ class OffloadSetting:
         arms: The arms.
         prompts: Prompts of each task.
         rates: GB/s of the disk; 0 for no bound.
-        memory_bytes: Bound of memory; ``None`` without a cage.
+        memory_bytes: Bound of memory for vLLM; ``None`` without a cage.
+        bound: One of `BOUNDS`.
         device: Disk of the files; empty where it is neither bounded nor counted.
         throttle: One of `THROTTLES`.
         max_tokens: Most tokens of an answer.
@@ -64,6 +72,7 @@ class OffloadSetting:
     prompts: dict[str, list[Prompt]]
     rates: list[float]
     memory_bytes: int | None
+    bound: str
     device: str
     throttle: str
     max_tokens: int
@@ -72,14 +81,18 @@ class OffloadSetting:
     folder: Path
     llama: LlamaFiles
 
-    def limits(self, rate: float) -> Limits:
+    def limits(self, rate: float, arm: Arm | None = None) -> Limits:
         """What a cage allows.
 
         Args:
             rate: GB/s; 0 for no bound.
+            arm: Who is to be in it; ``None`` for any engine of vLLM.
         """
-        bound = int(rate * GB) if rate and self.throttle == BLKIO else None
-        return Limits(self.memory_bytes, bound, self.device)
+        memory_bytes = self.memory_bytes
+        if memory_bytes and self.bound == WEIGHTS and arm is not None and arm.own_bytes is not None:
+            memory_bytes = self.sizes.weight_bytes + self.sizes.kv_cache_bytes + arm.own_bytes
+        read = int(rate * GB) if rate and self.throttle == BLKIO else None
+        return Limits(memory_bytes, read, self.device)
 
     def prefix(self, cage: Cage, rate: float) -> list[str]:
         """Words before the command of an arm.
@@ -103,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights-gb", type=float, help=f"of it for weights (default: {WEIGHTS_SHARE} of the checkpoint)")
     add("--process-gb", type=float, default=1.3, help="of it for Python, PyTorch and vLLM (default: %(default)s)")
     add("--kv-cache-gb", type=float, default=0.26, help="of it for the KV cache (default: %(default)s)")
+    add("--bound", choices=list(BOUNDS), default=TOTAL, help="what is the same for all arms (default: %(default)s)")
     add("--without-cage", action="store_true", help="go on where memory cannot be bounded; the results say so")
     add("--sirius", default="{}", metavar="JSON", help="more options of Sirius")
     add(
@@ -169,6 +183,7 @@ def prepare(given: argparse.Namespace) -> OffloadSetting:
         found,
         given.gb_per_second,
         bound,
+        given.bound,
         device,
         given.throttle,
         given.max_tokens,
@@ -258,6 +273,7 @@ def new_result(what: OffloadSetting) -> Result:
         "max_model_len": what.sizes.max_model_len,
         "cage": {
             "memory_bytes": what.memory_bytes,
+            "bound": BOUNDS[what.bound],
             "weight_bytes": what.sizes.weight_bytes,
             "kv_cache_bytes": what.sizes.kv_cache_bytes,
             "throttle": THROTTLES[what.throttle],
