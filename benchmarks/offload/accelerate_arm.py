@@ -47,7 +47,7 @@ class AccelerateModel:
     ) -> None:
         self._log, self._patience = log, patience_seconds
         question = {"model": model, "weight_bytes": weight_bytes, "threads": threads}
-        command = [*prefix, sys.executable, "-m", "benchmarks.offload.accelerate_arm", json.dumps(question)]
+        command = [*prefix, sys.executable, "-P", "-m", "benchmarks.offload.accelerate_arm", json.dumps(question)]
         with log.open("wb") as stderr:
             self._child = subprocess.Popen(
                 command,

@@ -123,7 +123,7 @@ class Cage:
     def prefix(self) -> list[str]:
         """Words before a command that is to run in the cage."""
         files = [str(folder / "cgroup.procs") for folder in self._folders()]
-        return [sys.executable, "-I", "-S", "-c", JOIN, str(len(files)), *files] if files else []
+        return [sys.executable, "-P", "-I", "-S", "-c", JOIN, str(len(files)), *files] if files else []
 
     def read_bytes(self) -> int | None:
         """Bytes read from the disk so far; ``None`` where nobody counts."""

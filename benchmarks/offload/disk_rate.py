@@ -61,7 +61,7 @@ def measure(file: Path, prefix: Sequence[str]) -> float:
     Raises:
         AnsweringError: If it cannot be read so.
     """
-    command = [*prefix, sys.executable, "-m", "benchmarks.offload.disk_rate", str(file)]
+    command = [*prefix, sys.executable, "-P", "-m", "benchmarks.offload.disk_rate", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

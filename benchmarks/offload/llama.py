@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.offload.answering import AnsweringError
+from vllm_sirius.measuring.child import child_environment
 from vllm_sirius.measuring.engine import Answers
 
 VARIABLE = "LLAMA_CPP"
@@ -92,7 +93,7 @@ class LlamaFiles:
         partial = self.models / "partial.gguf"
         if not self.whole.exists():
             outputs = ["--outtype", "bf16", "--outfile", str(partial)]
-            _run([sys.executable, str(convert), str(checkpoint), *outputs], log)
+            _run([sys.executable, "-P", str(convert), str(checkpoint), *outputs], log, PYTHONPATH=str(convert.parent))
             partial.replace(self.whole)
         if not self.draft.exists():
             _run([str(quantize), str(self.whole), str(partial), self.draft_type], log)
@@ -201,8 +202,10 @@ def as_answers(report: dict[str, Any], seconds: float) -> Answers:
     return Answers([tokens], seconds, drafts, drafted, accepted, [])
 
 
-def _run(command: Sequence[str], log: Path) -> None:
+def _run(command: Sequence[str], log: Path, **variables: str) -> None:
     with log.open("ab") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, env=child_environment(**variables), check=False
+        )
     if done.returncode:
         raise BenchmarkError(f"{Path(command[0]).name} ended with exit status {done.returncode}; its log is {log}")

