@@ -27,8 +27,8 @@ from vllm_sirius.measuring.machine import describe_machine
 from vllm_sirius.measuring.side_by_side import rounded_length
 
 GB = 10**9
-WEIGHTS_SHARE = 0.6
-"""Of the checkpoint: enough for 4-bit copies, embeddings and buffers, too little for bf16."""
+WEIGHTS_SHARE = 0.4
+"""Of the checkpoint: enough for 4-bit copies, lm_head and buffers, too little for bf16."""
 
 TOTAL, WEIGHTS = "total", "weights"
 BOUNDS = {
