@@ -174,14 +174,15 @@ def _engine(name: str, sizes: Sizes, sirius: dict[str, Any], weights: Path) -> A
 def _llama(sizes: Sizes, files: LlamaFiles, draft_length: int) -> Arm:
     def start(prefix: Sequence[str], log: Path) -> Answerer:
         command = files.command(sizes.max_model_len, sizes.threads, draft_length)
-        return llama.LlamaServer(command, prefix, log, sizes.patience_seconds)
+        kept = files.draft if draft_length else None
+        return llama.LlamaServer(command, prefix, log, sizes.patience_seconds, kept)
 
     read = [files.whole, files.draft] if draft_length else [files.whole]
     if not draft_length:
         return Arm(LLAMA, "llama.cpp, bf16 by mmap", start, read, missing=files.missing(), own_bytes=LLAMA_BYTES)
     return Arm(
         f"{LLAMA_DRAFT}@{draft_length}",
-        f"llama.cpp, bf16 by mmap, own {files.draft_type} draft of {draft_length}",
+        f"llama.cpp, bf16 by mmap, own {files.draft_type} draft of {draft_length}, kept in memory",
         start,
         read,
         drafts=True,

@@ -13,11 +13,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.offload import pin
 from benchmarks.offload.answering import AnsweringError
 from vllm_sirius.measuring.child import child_environment
 from vllm_sirius.measuring.engine import Answers
@@ -113,16 +115,27 @@ class LlamaServer:
         prefix: Words before it.
         log: Takes what it prints.
         patience_seconds: Longest wait for the start and for an answer.
+        kept: A file that is kept in memory beside it; ``None`` for none.
 
     Raises:
         AnsweringError: If it does not start.
     """
 
-    def __init__(self, command: Sequence[str], prefix: Sequence[str], log: Path, patience_seconds: float) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        prefix: Sequence[str],
+        log: Path,
+        patience_seconds: float,
+        kept: Path | None = None,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._url, self._log, self._patience = f"http://127.0.0.1:{port}", log, patience_seconds
+        self._open = ExitStack()
+        if kept is not None:
+            self._open.enter_context(pin.pinned(kept, prefix))
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*prefix, *command, "--host", "127.0.0.1", "--port", str(port)],
@@ -164,6 +177,7 @@ class LlamaServer:
 
     def close(self) -> None:
         """Ends the server."""
+        self._open.close()
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)

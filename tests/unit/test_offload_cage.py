@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.offload import arms, cage, groups, llama, page_cache, random_model, report, setting
+from benchmarks.offload import arms, cage, groups, llama, page_cache, pin, random_model, report, setting
+from benchmarks.offload.answering import AnsweringError
 from benchmarks.offload.cage import Cage, Limits
 from benchmarks.results import MEASURED, Record, Result
 
@@ -210,6 +211,15 @@ def test_pages_of_a_file_are_dropped(tmp_path):
     with file.open("rb") as opened:
         assert page_cache.cached_bytes(opened.fileno()) in (0, 1 << 20)
     assert page_cache.drop([file]) in (0, 1 << 20)  # a file system in memory keeps them
+
+
+def test_a_file_is_kept_in_memory(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(4096))
+    with pin.pinned(file, []):
+        pass
+    with pytest.raises(AnsweringError, match="cannot be kept in memory"), pin.pinned(tmp_path / "none", []):
+        pass
 
 
 def test_answers_of_llama_cpp_count_passes():
