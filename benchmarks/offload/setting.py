@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--throttle", choices=list(THROTTLES), default=BLKIO, help="who bounds the rate (default: %(default)s)")
     add("--memory-gb", type=float, help="bound of memory (default: what --weights-gb and the rest make)")
     add("--weights-gb", type=float, help=f"of it for weights (default: {WEIGHTS_SHARE} of the checkpoint)")
-    add("--process-gb", type=float, default=1.3, help="of it for Python, PyTorch and vLLM (default: %(default)s)")
+    add("--process-gb", type=float, default=1.6, help="of it for Python, PyTorch and vLLM (default: %(default)s)")
     add("--kv-cache-gb", type=float, default=0.26, help="of it for the KV cache (default: %(default)s)")
     add("--bound", choices=list(BOUNDS), default=TOTAL, help="what is the same for all arms (default: %(default)s)")
     add("--without-cage", action="store_true", help="go on where memory cannot be bounded; the results say so")
