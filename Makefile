@@ -7,6 +7,7 @@
 #   TORCH_INDEX=URL     package index with PyTorch's CPU wheels, where pip is not configured for one
 #   SIRIUS_BUILD=cpu    vLLM build: cpu, cuda or auto
 #   LANES=2             tests that run side by side, each on a core of its own
+#   LLAMA_CPP=build/llama.cpp  folder of llama.cpp, for bench-offload
 #   NAME, MODEL, ARGS   see the targets
 
 .DEFAULT_GOAL := help
@@ -19,6 +20,7 @@ MODEL ?=
 NAME ?=
 ARGS ?=
 LANES ?= 2
+LLAMA_CPP ?= build/llama.cpp
 
 PYTHON := $(VENV)/bin/python
 # Sets what vLLM's CPU build needs to be fast, and keeps what the user has set.
@@ -45,7 +47,7 @@ PATCHED_CHOICE := patched_copy or flags_and_json or run_batch or (v1 and ($(PATC
 BENCH_MODEL := $(or $(MODEL),.models/$(LARGE_MODEL))
 BENCH_DRAFT := $(if $(MODEL),,--draft-model .models/$(DEMO_MODEL))
 
-.PHONY: help setup model demo bench bench-server bench-latency bench-compare bench-plot test test-all test-patched lint docs format clean
+.PHONY: help setup model demo bench bench-server bench-latency bench-offload offload-peers bench-compare bench-plot test test-all test-patched lint docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +73,14 @@ bench-server: setup ## The same arms as live servers, with `vllm bench serve`
 bench-latency: setup ## The same arms with `vllm bench latency`
 	@$(if $(MODEL),true,$(DOWNLOAD) $(LARGE_MODEL) $(DEMO_MODEL))
 	@$(IN_ENVIRONMENT) python -m benchmarks.latency --model "$(BENCH_MODEL)" $(BENCH_DRAFT) $(ARGS)
+
+bench-offload: setup ## Weights that do not fit: engines in a cage of memory and disk rate; see docs/offload-benchmark.md
+	@$(if $(MODEL),true,$(DOWNLOAD) $(LARGE_MODEL))
+	@$(IN_ENVIRONMENT) python -m benchmarks.offload.run --model "$(BENCH_MODEL)" \
+		$(if $(wildcard $(LLAMA_CPP)/build),--llama-cpp "$(LLAMA_CPP)") $(ARGS)
+
+offload-peers: setup ## Fetch and build llama.cpp, which bench-offload compares with: LLAMA_CPP=FOLDER
+	@$(IN_ENVIRONMENT) python -m benchmarks.offload.peers "$(LLAMA_CPP)" $(ARGS)
 
 bench-compare: setup ## Print the tables of runs: ARGS='results/bench/NAME [--markdown]'
 	@$(PYTHON) -m benchmarks.compare $(ARGS)

@@ -63,10 +63,21 @@ class Engine:
         options: Arguments of `vllm.LLM`.
         log: File that takes what the child prints.
         checkout: A folder with another copy of the project, whose engine it is.
+        prefix: Words before the child's command: of a program that runs it, for example in a control group.
+        answer_seconds: Longest wait for an answer.
     """
 
-    def __init__(self, options: dict[str, Any], log: Path, checkout: Path | None = None) -> None:
+    def __init__(
+        self,
+        options: dict[str, Any],
+        log: Path,
+        checkout: Path | None = None,
+        *,
+        prefix: Sequence[str] = (),
+        answer_seconds: float = GENERATE_SECONDS,
+    ) -> None:
         self._log = log
+        self._answer_seconds = answer_seconds
         variables = child_environment(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
             VLLM_LOGGING_STREAM="ext://sys.stderr",
@@ -74,7 +85,7 @@ class Engine:
         )
         with log.open("wb") as stderr:
             self._child = subprocess.Popen(
-                python_command(__name__, checkout=checkout),
+                [*prefix, *python_command(__name__, checkout=checkout)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -84,7 +95,7 @@ class Engine:
         assert self._child.stdout is not None
         self._conversation = Conversation(self._child.stdin, self._child.stdout)
         try:
-            self._ask({"engine": options}, START_SECONDS)
+            self._ask({"engine": options}, max(START_SECONDS, answer_seconds))
         except BaseException:
             self.close()
             raise
@@ -113,7 +124,7 @@ class Engine:
         shared = {"temperature": 0.0, **sampling, "max_tokens": max_tokens}
         params = [{**shared, **own} for own in each or [{}] * len(prompts)]
         command = {"prompts": [list(prompt) for prompt in prompts], "sampling": params}
-        return Answers(**self._ask(command, GENERATE_SECONDS))
+        return Answers(**self._ask(command, self._answer_seconds))
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Lets an engine of Sirius time its own steps.
