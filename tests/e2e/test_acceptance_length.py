@@ -57,11 +57,12 @@ def test_refresh_and_fine_sparsity_lengthen_acceptance(host):
 
 PARITY = [
     pytest.param({"refresh": True}, id="coarse"),
-    pytest.param({}, id="coarse-as-in-the-paper", marks=pytest.mark.slow),
-    pytest.param({"sparsity": "fine", "density": 0.3}, id="fine", marks=pytest.mark.slow),
+    pytest.param({}, id="coarse-as-in-the-paper"),
+    pytest.param({"sparsity": "fine", "density": 0.3}, id="fine"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", PARITY)
 def test_acceptance_is_as_long_on_v2_as_on_v1(options):
     """Tokens per pass of one request at a time, counted alike on both: vLLM's counters differ between the runners."""

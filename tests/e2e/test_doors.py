@@ -107,7 +107,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_async_engine(tmp_path):
+    """The server of `test_examples` is such an engine too."""
     script = tmp_path / "async_engine.py"
     script.write_text(ASYNC, encoding="utf-8")
     run = subprocess.run(

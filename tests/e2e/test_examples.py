@@ -46,8 +46,9 @@ def run(*command: str | Path, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_offline():
-    """In one process; the README's program runs the engine in another."""
+    """In one process; the README's program, which `test_wheel` runs, has the engine in another."""
     command = [sys.executable, EXAMPLES / "offline.py", "--enforce-eager", model_path(SMOL)]
     output = run(*command, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     found = re.search(r"acceptance length (\d+\.\d+)/16 over (\d+) verification passes", output)

@@ -159,7 +159,6 @@ def children_of(process_id):
     return found
 
 
-@pytest.mark.slow
 def test_an_interruption_ends_the_engine_and_says_what_is_lost(prompts, tmp_path):
     """The command of the README, as far as its first engine; `test_one_draft` goes on to the end."""
     log = tmp_path / "stderr"

@@ -24,7 +24,7 @@ from vllm_sirius.kernels.triton.runtime import INTERPRETED
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 assert INTERPRETED or torch.cuda.is_available(), "no GPU: set TRITON_INTERPRET=1"
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 64, 32), (1, 257, 129), (2, 33, 7), (3, 100, 50), (17, 64, 41), (33, 40, 19), (1, 1, 1))
 """Tokens, hidden size, neurons."""
 
