@@ -109,6 +109,10 @@ class EngineAnswers:
         """
         return self._engine.generate([token_ids], max_tokens, **self._sampling)
 
+    def draft_seconds(self) -> float:
+        """Seconds of a draft step of one token, timed anew."""
+        return self._engine.costs()["draft_seconds"]["1"]
+
     def close(self) -> None:
         """Ends the engine."""
         self._engine.close()

@@ -121,6 +121,29 @@ def agree(one: Sequence[int], other: Sequence[int]) -> bool:
     return list(one[:length]) == list(other[:length])
 
 
+def formula(result: Result, rate: float) -> tuple[float, float] | None:
+    """Tokens per second of Sirius by the speed model, and as measured.
+
+    The model: what a pass reads takes as long as plain reads do, and each draft token as long as a draft step of one token.
+
+    Args:
+        result: The run.
+        rate: In GB/s.
+
+    Returns:
+        Both, over all answers; ``None`` where something was not measured.
+    """
+    records = [r for r in result.records if r.arm == OURS and r.details["gb_per_second"] == rate]
+    state = result.arms[OURS]["rates"].get(f"{rate:g}", {}) if OURS in result.arms else {}
+    disk, step = result.provenance["disk_bytes_per_second"].get(f"{rate:g}"), state.get("draft_seconds")
+    read = [r.details["read_bytes"] for r in records if r.details.get("read_bytes") is not None]
+    if not records or not disk or not step or len(read) < len(records):
+        return None
+    tokens = sum(r.tokens for r in records)
+    predicted = sum(read) / disk + step * sum(r.num_draft_tokens for r in records)
+    return tokens / predicted, tokens / sum(r.seconds for r in records)
+
+
 def best_draft(found: Sequence[Line]) -> str:
     """The fastest of the arms that are llama.cpp with a draft; empty where there is none."""
     drafts = [line for line in found if line.arm.startswith(f"{LLAMA_DRAFT}@")]
@@ -175,6 +198,12 @@ def report(result: Result, markdown: bool = False) -> str:
         text = table([list(COLUMNS), *(cells(line, best) for line in found)], markdown)
         parts.append((f"**{title}**\n\n" if markdown else f"{title}\n") + text)
         parts += _others(result, rate)
+        speeds = formula(result, rate)
+        if speeds:
+            parts.append(
+                f"{OURS} by the speed model (bytes read / plain reads + draft tokens x draft step): {speeds[0]:.3g} tokens/s, "
+                f"measured {speeds[1]:.3g}"
+            )
     if any(arm == OURS for arm in result.arms):
         parts.append(f"ratio: to {OFF}, the same engine without drafts; GB are 10**9 bytes")
     return "\n\n".join(parts)

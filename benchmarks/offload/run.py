@@ -124,6 +124,8 @@ def run_arm(what: OffloadSetting, arm: Arm, rate: float, result: Result) -> None
                 state["start_seconds"] = time.monotonic() - started
                 say(f"  ready after {state['start_seconds']:.0f} s")
                 _answer_all(what, arm, answerer, rate, cage, result)
+                if arm.name == arms.OURS and isinstance(answerer, arms.EngineAnswers):
+                    state["draft_seconds"] = answerer.draft_seconds()
         except FAILURES as error:
             state["status"] = f"{results.FAILED}: {str(error).splitlines()[0].replace(str(what.folder), '.')}"
         found = cage.report()
