@@ -118,8 +118,8 @@ class SiriusConfig:
             nothing up. Model Runner V1 only.
         offload: Where the target's weights lie: in memory, or in a file on a disk (CPU). With ``disk`` the draft's int4
             copies stay in memory and a verification pass streams the target's layers from the file, so that a model runs in
-            little more than the memory of its 4-bit copy, with the answers of the whole one. ``kernel_size`` is then
-            64 unless it is given.
+            little more than the memory of its 4-bit copy, with the answers of the whole one; ``draft_weights: int8`` takes
+            twice the memory for drafts that are right for longer. ``kernel_size`` is then 64 unless it is given.
         offload_budget_gb: Memory for weights with ``offload: disk``, in GB (10**9 bytes). It holds the draft's copies, what
             is never streamed, buffers, and as many of the target's layers as still fit. The default is what the machine or
             its control group has left beside the KV cache and a margin; the start-up says how much that is.
@@ -205,7 +205,7 @@ class SiriusConfig:
             return
         wanted = {
             "sparsity": ("auto", "none"),
-            "draft_weights": ("auto", "int4"),
+            "draft_weights": ("auto", "int8", "int4"),
             "draft_weights_scope": ("all",),
             "target_kernels": ("auto", "sirius"),
         }
@@ -238,11 +238,12 @@ class SiriusConfig:
         """Bits of a copied weight, or ``None`` where the draft reads the target's values; not for ``auto``."""
         return {"shared": None, "int8": 8, "int4": 4}[self.draft_weights]
 
-    def resolved(self, copies: bool) -> SiriusConfig:
+    def resolved(self, copies: bool, reason: str = "") -> SiriusConfig:
         """The options with ``sparsity`` and ``draft_weights`` decided.
 
         Args:
             copies: Whether drafts of this model read weights of their own on this machine (CPU), or the target's (GPU).
+            reason: Why they cannot.
 
         Raises:
             SiriusConfigError: If that contradicts another option.
@@ -251,7 +252,7 @@ class SiriusConfig:
         if self.offload == "disk" and not copies:
             raise SiriusConfigError(
                 "offload='disk' needs the compiled kernels of a CPU, on which drafts read copies of their own, and this engine "
-                "cannot use them: `vllm-sirius doctor` says why; use offload='none'."
+                f"cannot use them: {reason or '`vllm-sirius doctor` says why'}. Use offload='none'."
             )
         if sparsity == "auto":
             sparsity = "none" if copies and weights != "shared" else "coarse"

@@ -75,7 +75,8 @@ class LlamaFiles:
         # One request at a time, and no prompt that comes back may be found in a cache.
         command += ["--parallel", "1", "--threads", str(threads), "--cache-ram", "0", "--no-warmup", "--fit", "off"]
         if draft_length:
-            command += ["--model-draft", str(self.draft), "--spec-draft-n-max", str(draft_length)]
+            command += ["--spec-type", "draft-simple", "--model-draft", str(self.draft)]
+            command += ["--spec-draft-n-max", str(draft_length)]
             command += ["--threads-draft", str(threads)]
         return command
 

@@ -124,6 +124,8 @@ def run_arm(what: OffloadSetting, arm: Arm, rate: float, result: Result) -> None
                 state["start_seconds"] = time.monotonic() - started
                 say(f"  ready after {state['start_seconds']:.0f} s")
                 _answer_all(what, arm, answerer, rate, cage, result)
+                if arm.drafts and not _has_drafted(arm, rate, result):
+                    state["status"] = f"{results.FAILED}: it drafted nothing, so that its speed says nothing of drafts"
                 if arm.name == arms.OURS and isinstance(answerer, arms.EngineAnswers):
                     state["draft_seconds"] = answerer.draft_seconds()
         except FAILURES as error:
@@ -156,6 +158,10 @@ def _answer_all(what: OffloadSetting, arm: Arm, answerer: Answerer, rate: float,
             f"  {prompt.task} {prompt.index}, repeat {repeat + 1}: {answers.num_tokens / answers.seconds:.3g} tokens/s "
             f"({answers.num_tokens} in {answers.seconds:.1f} s)"
         )
+
+
+def _has_drafted(arm: Arm, rate: float, result: Result) -> bool:
+    return any(r.num_draft_tokens for r in result.records if r.arm == arm.name and r.details["gb_per_second"] == rate)
 
 
 def as_record(

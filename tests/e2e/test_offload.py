@@ -101,6 +101,19 @@ def test_a_second_start_reads_no_checkpoint(host, engine, reference, prompts, ch
     assert len(report["streamed"]) > report["groups"]
 
 
+def test_drafts_of_eight_bits_are_restored_too(host, engine, reference, prompts, tmp_path):
+    """The second start reads the copies that the first one made, and accepts as many."""
+    accepted = []
+    for budget in (0.3, 0.28):
+        options = {"draft_weights": "int8", "offload_budget_gb": budget, "offload_path": str(tmp_path)}
+        found = host.generate(engine(kernel_size=16, adaptive=False, **options), prompts, SAMPLING)
+        assert found.token_ids == reference
+        accepted.append(found.num_accepted_tokens / found.num_draft_tokens)
+    assert accepted[0] == accepted[1] > 0.5
+    report = host.probe(engine(kernel_size=16, adaptive=False, **options), "support.probes:streamed_report")
+    assert 0 < len(report["streamed"]) < report["groups"]
+
+
 def test_new_weights_are_refused_while_the_old_ones_are_read(host, engine, checkpoint):
     with pytest.raises(EngineError, match="reload_weights with offload='disk'"):
         host.probe(engine(), "support.copies:reload", path=str(checkpoint))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm_sirius.kernels.cpu.panel_linear import has_panels, panel_linear
-from vllm_sirius.offload.stream import WeightStream
+from vllm_sirius.offload.stream import StreamStatistics, WeightStream
 from vllm_sirius.offload.weight_file import WeightFile, WeightFileWriter
 from vllm_sirius.target.stream_report import INTERVAL_SECONDS, StreamReport
 from vllm_sirius.target.streamed import StreamedMatrix, StreamedTarget
@@ -144,3 +144,22 @@ def test_what_streaming_costs_is_said_once_in_a_while(model, caplog):
     found = report.as_dict()
     assert (found["passes"], found["tokens"]) == (1, 11)
     assert found["bytes_streamed"] > 0
+
+
+def test_a_disk_that_becomes_slow_is_said_once(caplog):
+    """By made-up statistics: rates of 2, 1.2, .9, .8, 1.9 and .7 GB/s, of which the third and the last are news."""
+    now, read = 0.0, 0
+
+    class Target:
+        def statistics(self):
+            return StreamStatistics(read, now / 2, 0.0, int(now))
+
+    report = StreamReport(Target(), lambda: now)
+    warned = []
+    for rate in (2.0, 1.2, 0.9, 0.8, 1.9, 0.7):
+        now += INTERVAL_SECONDS
+        read += int(rate * 1e9 * INTERVAL_SECONDS / 2)
+        report.emitted(5)
+        warned.append(len([record for record in caplog.records if record.levelno == logging.WARNING]))
+    assert warned == [0, 0, 1, 1, 1, 2]
+    assert "gave 0.90 GB/s in the last 60 s, after 2.00 GB/s before" in caplog.text

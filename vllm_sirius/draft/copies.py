@@ -6,7 +6,7 @@ compiled code already read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from vllm_sirius.config import SiriusConfig
 from vllm_sirius.draft.backends import Backend, CoarseRowsBackend, FineRowsBackend, LowBitPanelsBackend
 from vllm_sirius.draft.locate import GatedFFN
-from vllm_sirius.draft.low_bit_linears import LowBitLinears, LowBitWeight, quantise_linear
+from vllm_sirius.draft.low_bit_linears import LowBitLinears, LowBitWeight, empty_copy, quantise_linear
 from vllm_sirius.weights.low_bit import LowBitRows
 from vllm_sirius.weights.low_bit_panels import LowBitPanels, interleave
 from vllm_sirius.weights.rows import by_neuron, empty_rows, gate_up_rows, gates_first, neuron_norms
@@ -74,12 +74,21 @@ class FFNCopy:
             self._fill([(self._place.down, weight.t())], weight)
 
     def restore(self) -> None:
-        """Takes memory for panels, whose values are read from where they were stored."""
-        ffn = self._ffn
+        """Takes memory for rows or panels, whose values are read from where they were stored."""
+        ffn, bits = self._ffn, self._bits
+        self.num_read = 2
+        if not self._in_panels:
+            assert bits is not None, "what is stored is rounded"
+            self.rows = LowBitRows.empty(bits, self._place.shape)
+            return
         half = LowBitPanels.empty(ffn.num_neurons, ffn.hidden_size)
         self.panels["gate_up"] = interleave(half, half)
         self.panels["down"] = LowBitPanels.empty(ffn.hidden_size, ffn.num_neurons)
-        self.num_read = 2
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """All tensors of the rounded copies, by name."""
+        found = {} if self.rows is None else {"rows": self.rows}
+        return _stored({**found, **self.panels})
 
     def drop(self) -> None:
         """Frees the copies; norms are measured all the same."""
@@ -157,19 +166,21 @@ class DraftCopies:
             self._head_copy = self._kept(self._head_copy, weight)
 
     def restore(self, linears: Sequence[nn.Module]) -> None:
-        """Takes memory for panels of 4 bits, whose values are to be put into `stored`.
+        """Takes memory for rounded copies, whose values are to be put into `stored`.
 
         Args:
             linears: Further layers, with their plain weights' shapes.
         """
         for ffn in self.ffns:
             ffn.restore()
+        bits = self._config.draft_bits
+        assert bits is not None, "what is stored is rounded"
         layer: Any
         for layer in linears:
-            self._linears[layer] = LowBitPanels.empty(*layer.weight.shape)
+            self._linears[layer] = empty_copy(layer.weight.shape, bits)
         if self._head is not None:
             head: Any = self._head
-            self._head_copy = LowBitPanels.empty(*head.weight.shape)
+            self._head_copy = empty_copy(head.weight.shape, bits)
 
     def stored(self, linears: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
         """All that was derived from the weights, by names that are the same for the same model.
@@ -179,12 +190,11 @@ class DraftCopies:
         """
         found = {"draft.norms": self.neuron_norms}
         for number, ffn in enumerate(self.ffns):
-            for name, panels in ffn.panels.items():
-                found[f"draft.{number}.{name}"] = panels.blocks if isinstance(panels, LowBitPanels) else panels
-        copies: list[tuple[str, Any]] = [(f"linear.{i}", self._linears[layer]) for i, layer in enumerate(linears)]
+            found |= {f"draft.{number}.{name}": tensor for name, tensor in ffn.stored().items()}
+        copies: dict[str, Any] = {f"linear.{i}": self._linears[layer] for i, layer in enumerate(linears)}
         if self._head_copy is not None:
-            copies.append(("head", self._head_copy))
-        return found | {f"draft.{name}": copy.blocks for name, copy in copies}
+            copies["head"] = self._head_copy
+        return found | {f"draft.{name}": tensor for name, tensor in _stored(copies).items()}
 
     def drop(self) -> None:
         """Frees the copies; norms are measured all the same."""
@@ -201,7 +211,12 @@ class DraftCopies:
             return LowBitPanelsBackend(self._gated_ffns, pairs, self._most_tokens)
         rows = [ffn.rows for ffn in self.ffns if ffn.rows is not None]
         fine = self._config.sparsity == "fine"
-        return FineRowsBackend(self._gated_ffns, rows) if fine else CoarseRowsBackend(self._gated_ffns, rows)
+        if fine:
+            return FineRowsBackend(self._gated_ffns, rows)
+        backend = CoarseRowsBackend(self._gated_ffns, rows)
+        if self._config.offload == "disk":
+            backend.max_tokens = self._most_tokens
+        return backend
 
     def linears(self) -> LowBitLinears | None:
         """The copies of further layers, if there are any."""
@@ -233,3 +248,14 @@ class DraftCopies:
         known.take(rounded)
         kept: LowBitWeight = known
         return kept
+
+
+def _stored(copies: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that copies consist of: of rows the values and the scales."""
+    found: dict[str, torch.Tensor] = {}
+    for name, copy in copies.items():
+        if isinstance(copy, LowBitRows):
+            found |= {name: copy.packed, f"{name}.scales": copy.scales}
+        else:
+            found[name] = copy.blocks if isinstance(copy, LowBitPanels) else copy
+    return found

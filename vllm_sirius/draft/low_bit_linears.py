@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,16 @@ def quantise_linear(weight: torch.Tensor, bits: int) -> LowBitWeight:
         bits: 8 or 4.
     """
     return LowBitPanels.quantise(weight) if bits == 4 else LowBitRows.quantise(weight, bits)
+
+
+def empty_copy(shape: Sequence[int], bits: int) -> LowBitWeight:
+    """Memory for a copy of the weight of a linear layer.
+
+    Args:
+        shape: ``[out, in]``.
+        bits: 8 or 4.
+    """
+    return LowBitPanels.empty(*shape) if bits == 4 else LowBitRows.empty(bits, shape)
 
 
 def run_linear(inputs: torch.Tensor, weight: LowBitWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -175,7 +175,7 @@ def plan_draft(
     kernels = choose(vllm_config, parts.ffns)
     copies = reader.packs and kernels.native
     given: SiriusConfig = vllm_config.speculative_config.sirius
-    config = given.resolved(copies)
+    config = given.resolved(copies, "" if kernels.native else kernels.reason)
     check_activations(config, parts.ffns)
     _check_low_bit(config, kernels, reader)
     target_kernels = _choose_target_kernels(vllm_config, config, reader)

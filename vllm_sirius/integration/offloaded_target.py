@@ -36,7 +36,7 @@ from vllm_sirius.offload.stream import WeightStream
 from vllm_sirius.offload.weight_file import WeightFile, WeightFileWriter, padded
 from vllm_sirius.target.stored_rows import StoredRows
 from vllm_sirius.target.streamed import StreamedMatrix, StreamedTarget
-from vllm_sirius.weights import low_bit, low_bit_panels, panels
+from vllm_sirius.weights import low_bit, low_bit_panels, panels, rows
 from vllm_sirius.weights.panels import OUTPUTS, Panels, panels_shape
 
 logger = init_logger("vllm.sirius")
@@ -325,6 +325,6 @@ def _checkpoint_files(loader: Any, model_config: Any, load_config: Any) -> list[
 def _layout() -> str:
     """Changes whenever the code does that makes panels and copies, or that says which of them are in a file."""
     digest = hashlib.sha256()
-    for module in (low_bit, low_bit_panels, panels, offload_parts, draft_copies, weight_file):
+    for module in (low_bit, low_bit_panels, panels, rows, offload_parts, draft_copies, weight_file):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:16]

@@ -13,6 +13,8 @@ logger = logging.getLogger("vllm.sirius")
 
 INTERVAL_SECONDS = 60.0
 GB = 10**9
+SLOW, RECOVERED = 0.5, 0.75
+"""Parts of the best rate so far: below the one a disk is called slow, above the other no longer."""
 
 
 class StreamReport:
@@ -27,6 +29,7 @@ class StreamReport:
         self._target, self._clock = target, clock
         self._num_tokens = self._tokens_then = 0
         self._then, self._since = target.statistics(), clock()
+        self._best_rate, self._slow = 0.0, False
 
     def emitted(self, num_tokens: int) -> None:
         """A step has given tokens.
@@ -41,7 +44,23 @@ class StreamReport:
         found, tokens = self._target.statistics(), self._num_tokens - self._tokens_then
         if found.num_rounds > self._then.num_rounds:
             logger.info("Sirius: %s", _sentence(self._then, found, tokens, now - self._since))
+            self._judge(_rate(self._then, found))
         self._then, self._since, self._tokens_then = found, now, self._num_tokens
+
+    def _judge(self, rate: float) -> None:
+        """Warns, once until it recovers, of a disk that has become slow: answers then take as many times longer."""
+        if rate < SLOW * self._best_rate and not self._slow:
+            self._slow = True
+            logger.warning(
+                "Sirius: the disk gave %.2f GB/s in the last %.0f s, after %.2f GB/s before: answers take that much longer. See "
+                "whether something else reads from it, or whether it slows down when it is hot or has used up its credit.",
+                rate / GB,
+                INTERVAL_SECONDS,
+                self._best_rate / GB,
+            )
+        elif rate > RECOVERED * self._best_rate:
+            self._slow = False
+        self._best_rate = max(rate, self._best_rate)
 
     def as_dict(self) -> dict[str, float]:
         """Counters since the start, in which the self-test and the measurements are included.
@@ -62,11 +81,16 @@ class StreamReport:
 
 def _sentence(then: StreamStatistics, now: StreamStatistics, num_tokens: int, seconds: float) -> str:
     num_bytes = now.num_bytes - then.num_bytes
-    reading = now.reading_seconds - then.reading_seconds
-    rate = num_bytes / reading / GB if reading > 0.0 else 0.0
     waited = (now.waiting_seconds - then.waiting_seconds) / seconds
     a_token = f"{num_bytes / num_tokens / 1e6:.0f} MB a token" if num_tokens else "no token"
+    rate = _rate(then, now) / GB
     return (
         f"{num_tokens} tokens in {seconds:.0f} s by {now.num_rounds - then.num_rounds} passes, which streamed "
         f"{num_bytes / GB:.2f} GB at {rate:.2f} GB/s, {a_token}; {waited:.0%} of the time was spent waiting for the disk"
     )
+
+
+def _rate(then: StreamStatistics, now: StreamStatistics) -> float:
+    """Bytes per second while something was read."""
+    reading = now.reading_seconds - then.reading_seconds
+    return (now.num_bytes - then.num_bytes) / reading if reading > 0.0 else 0.0
