@@ -126,8 +126,10 @@ class Checks:
         streamed, plain = [], []
         with closing(WeightStream(path, groups)) as stream:
             _one_round(stream, groups)  # checks the sums, and is not measured
+            start, end = groups[0].offset, groups[-1].offset + groups[-1].num_bytes
+            _dd_rate(path, start, end)
             for _ in range(self._what.repeats):
-                plain.append(_dd_rate(path))
+                plain.append(_dd_rate(path, start, end))
                 streamed.append(_one_round(stream, groups))
                 say(f"  {streamed[-1] / GB:.2f} GB/s streamed, {plain[-1] / GB:.2f} by {DD_STREAMS} dd")
         ratios = [one / other for one, other in zip(streamed, plain, strict=True)]
@@ -196,9 +198,9 @@ def _one_round(stream: WeightStream, groups: Sequence[Any]) -> float:
     return sum(group.num_bytes for group in groups) / (time.perf_counter() - started)
 
 
-def _dd_rate(path: Path) -> float:
-    """Bytes per second of several `dd`, each of which reads a part of the file."""
-    blocks = path.stat().st_size // DD_BLOCK // DD_STREAMS
+def _dd_rate(path: Path, start: int, end: int) -> float:
+    """Bytes per second of several `dd`, each of which reads a part of what is streamed."""
+    first, blocks = -(-start // DD_BLOCK), (end - start) // DD_BLOCK // DD_STREAMS
     started = time.perf_counter()
     readers = [
         subprocess.Popen(
@@ -208,7 +210,7 @@ def _dd_rate(path: Path) -> float:
                 "of=/dev/null",
                 f"bs={DD_BLOCK}",
                 f"count={blocks}",
-                f"skip={i * blocks}",
+                f"skip={first + i * blocks}",
                 "iflag=direct",
             ],
             stderr=subprocess.DEVNULL,
