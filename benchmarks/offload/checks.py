@@ -1,7 +1,7 @@
 """Checks of an engine whose weights are streamed: `python -m benchmarks.offload.checks --model FOLDER --checks NAME`.
 
 * ``identity``: the same tokens as the engine with its weights in memory and ``target_kernels: sirius``.
-* ``batch``: how much faster several prompts are together than one after the other.
+* ``batch``: how much faster prompts are answered several at a time than one after the other.
 * ``memory``: what the weights take while they are loaded, first from the checkpoint and then from the file, beside the plan.
 * ``start``: how long a first start takes and a second one, and what the second reads of the checkpoint.
 * ``rate``: how fast the file is streamed, beside four `dd` that read it past the page cache.
@@ -70,14 +70,14 @@ class Checks:
         }
 
     def batch(self) -> dict[str, Any]:
-        """Compares tokens per second, turns alternated, at each rate."""
-        prompts = [p.token_ids for p in self._prompts[: self._batch]]
+        """Compares tokens per second, turns alternated, at each rate. As in a server, the next prompt joins when one is done."""
+        prompts = [p.token_ids for p in self._prompts]
         return {f"{rate:g}": self._batch_at(rate, prompts) for rate in self._what.rates}
 
     def _batch_at(self, rate: float, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         alone, together = [], []
         with self._engine(rate, self._streaming, f"batch-{rate:g}") as engine:
-            engine.generate(prompts, WARM_UP_TOKENS)
+            engine.generate(prompts[: self._batch], WARM_UP_TOKENS)
             for _ in range(self._what.repeats):
                 each = [engine.generate([prompt], self._what.max_tokens) for prompt in prompts]
                 alone.append(sum(a.num_tokens for a in each) / sum(a.seconds for a in each))
@@ -85,7 +85,13 @@ class Checks:
                 together.append(all_at_once.num_tokens / all_at_once.seconds)
                 say(f"  {rate:g} GB/s: {alone[-1]:.2f} tokens/s alone, {together[-1]:.2f} together")
         ratios = [one / other for one, other in zip(together, alone, strict=True)]
-        return {"batch": len(prompts), "alone": alone, "together": together, "ratio": statistics.median(ratios)}
+        return {
+            "batch": self._batch,
+            "prompts": len(prompts),
+            "alone": alone,
+            "together": together,
+            "ratio": statistics.median(ratios),
+        }
 
     def memory(self) -> dict[str, Any]:
         """Looks at a first start, which writes the file, and at one that reads it."""
