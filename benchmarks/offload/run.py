@@ -124,7 +124,7 @@ def run_arm(what: OffloadSetting, arm: Arm, rate: float, result: Result) -> None
                 state["start_seconds"] = time.monotonic() - started
                 say(f"  ready after {state['start_seconds']:.0f} s")
                 _answer_all(what, arm, answerer, rate, cage, result)
-                if arm.drafts and not _has_drafted(arm, rate, result):
+                if arm.drafts and not has_drafted(arm, rate, result):
                     state["status"] = f"{results.FAILED}: it drafted nothing, so that its speed says nothing of drafts"
                 if arm.name == arms.OURS and isinstance(answerer, arms.EngineAnswers):
                     state["draft_seconds"] = answerer.draft_seconds()
@@ -160,7 +160,14 @@ def _answer_all(what: OffloadSetting, arm: Arm, answerer: Answerer, rate: float,
         )
 
 
-def _has_drafted(arm: Arm, rate: float, result: Result) -> bool:
+def has_drafted(arm: Arm, rate: float, result: Result) -> bool:
+    """Whether an arm drafted anything.
+
+    Args:
+        arm: The arm.
+        rate: GB/s of the disk.
+        result: Its answers.
+    """
     return any(r.num_draft_tokens for r in result.records if r.arm == arm.name and r.details["gb_per_second"] == rate)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.offload import arms, cage, groups, llama, page_cache, pin, random_model, report, setting
+from benchmarks.offload import arms, cage, groups, llama, page_cache, pin, random_model, report, run, setting
 from benchmarks.offload.answering import AnsweringError
 from benchmarks.offload.cage import Cage, Limits
 from benchmarks.results import MEASURED, Record, Result
@@ -298,6 +299,32 @@ def test_the_table_compares_with_the_same_engine_without_drafts(measured):
     assert "llama-draft@8 (best)" in text
     assert "vllm: out of memory" in text
     assert "8.00x" in text
+
+
+def test_the_speed_model_stands_beside_what_was_measured(measured):
+    """1 GB at 1 GB/s and 6 draft tokens of .1 s for 4 tokens that took a second, twice."""
+    assert report.formula(measured, 1.0) is None
+    measured.arms[arms.OURS]["rates"]["1"]["draft_seconds"] = 0.1
+    measured.records = [replace(r, num_draft_tokens=6) if r.arm == arms.OURS else r for r in measured.records]
+    assert report.formula(measured, 1.0) == pytest.approx((2.5, 4.0))
+    assert "2.5 tokens/s, measured 4" in report.report(measured)
+
+
+def test_an_arm_that_is_to_draft_must_have_drafted(measured):
+    drafting = arms.Arm("llama-draft@4", "", lambda prefix, log: None, [], drafts=True)
+    assert not run.has_drafted(drafting, 1.0, measured)
+    measured.records = [replace(r, num_draft_tokens=4) for r in measured.records]
+    assert run.has_drafted(drafting, 1.0, measured)
+    assert not run.has_drafted(drafting, 2.0, measured)
+
+
+def test_llama_is_told_to_draft(tmp_path):
+    """Its release drafts nothing with a draft model alone."""
+    files = llama.LlamaFiles(tmp_path, tmp_path)
+    command = files.command(512, 2, 16)
+    assert command[command.index("--spec-type") + 1] == "draft-simple"
+    assert command[command.index("--spec-draft-n-max") + 1] == "16"
+    assert "--spec-type" not in files.command(512, 2, 0)
 
 
 def test_random_weights_have_no_speed_up(measured):
