@@ -228,3 +228,16 @@ def test_a_step_that_tries_the_other_way_runs_the_model_s_own_layers():
     assert torch.equal(other, target)
     assert not torch.allclose(usual, target, rtol=1e-2)
     assert (ffns.num_draft_calls, ffns.num_native_calls) == (2 * LAYERS, LAYERS)
+
+
+def test_layers_are_checked_in_the_order_of_a_pass():
+    """So that a target on a disk is streamed once for all of them."""
+    model, numbers = Decoder(), []
+    for number, (linear, layer) in enumerate(zip(model.linears, model.layers, strict=True)):
+        linear.prefix = f"layers.{number}.linear"
+        for module in (linear, layer):
+            module.register_forward_hook(lambda *_, number=number: numbers.append(number))
+    with pytest.raises(SiriusIntegrationError, match=f"ran 0 of {LAYERS} FFNs reduced"):
+        self_test(model, rounded(model, 4), draft_pass=lambda: None)
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(LAYERS))

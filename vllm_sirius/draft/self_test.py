@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -90,11 +91,29 @@ def assert_draft_is_reduced(
         SiriusIntegrationError: If a layer gives the target's result although its kernels give another, if a weight is
             damaged, or if a draft pass of the whole model does not run all FFNs reduced and on their kernels.
     """
-    differences = [_difference_of_ffn(ffns, layer, dtype, device) for layer in range(len(ffns.ffns))]
+    differences: list[float] = []
+
+    def check_ffn(layer: int) -> None:
+        differences.append(_difference_of_ffn(ffns, layer, dtype, device))
+
+    steps: list[tuple[str, Callable[[], None]]] = [
+        (ffn.name, functools.partial(check_ffn, layer)) for layer, ffn in enumerate(ffns.ffns)
+    ]
     if ffns.linears is not None:
-        _check_linears(ffns, ffns.linears, dtype, device)
+        steps += _checks_of_linears(ffns, ffns.linears, dtype, device)
+    # In the order of a pass: where the target is streamed from a disk, one stream serves them all.
+    for _, check in sorted(steps, key=lambda step: _layer_number(step[0])):
+        check()
+    if ffns.linears is not None:
+        _check_head(ffns, ffns.linears, dtype, device)
     _check_pass(ffns, draft_forward, never_called)
     return sum(differences) / len(differences)
+
+
+def _layer_number(name: str) -> int:
+    """Number of the decoder's layer that a module belongs to; modules outside of them come first."""
+    found = re.search(r"\.(\d+)(?=\.|$)", name)
+    return int(found[1]) if found else -1
 
 
 def _difference_of_ffn(ffns: ReducedFFNs, layer: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -119,12 +138,22 @@ def _difference_of_ffn(ffns: ReducedFFNs, layer: int, dtype: torch.dtype, device
     return difference
 
 
-def _check_linears(ffns: ReducedFFNs, linears: LowBitLinears, dtype: torch.dtype, device: torch.device) -> None:
+def _checks_of_linears(
+    ffns: ReducedFFNs, linears: LowBitLinears, dtype: torch.dtype, device: torch.device
+) -> list[tuple[str, Callable[[], None]]]:
+    """The checks of all layers outside of the FFNs but the lm_head, by name."""
+    found: list[tuple[str, Callable[[], None]]] = []
     run: Any
     for index, layer in enumerate(linears.layers):
-        run = layer
+        run, name = layer, _name(linears, index)
         own = functools.partial(linears.run, index)
-        _check_linear(ffns, _name(linears, index), run, own, linears.width(index), dtype, device)
+        check = functools.partial(_check_linear, ffns, name, run, own, linears.width(index), dtype, device)
+        found.append((name, check))
+    return found
+
+
+def _check_head(ffns: ReducedFFNs, linears: LowBitLinears, dtype: torch.dtype, device: torch.device) -> None:
+    run: Any
     if linears.head is not None:
         head: Any = linears.head[0]
         weight = linears.head[1]
