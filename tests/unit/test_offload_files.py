@@ -115,6 +115,13 @@ def test_what_an_engine_uses_stays(files, capsys):
     assert sorted(path.name for path in files.iterdir()) == ["a-1.weights", "other.txt"]
 
 
+def test_a_path_elsewhere_is_not_taken_for_the_same_name_here(files, capsys, tmp_path):
+    status, _, said = run(capsys, "rm", str(tmp_path / "elsewhere" / "b-2.weights"), "--offload-path", str(files))
+    assert status == 1
+    assert f"is not in {files}: give its folder with --offload-path" in said
+    assert (files / "b-2.weights").exists()
+
+
 def test_files_are_removed_by_name(files, capsys):
     assert run(capsys, "rm", str(files / "b-2.weights"), "--offload-path", str(files))[0] == 0
     assert not (files / "b-2.weights").exists()

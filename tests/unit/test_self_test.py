@@ -232,12 +232,12 @@ def test_a_step_that_tries_the_other_way_runs_the_model_s_own_layers():
 
 def test_layers_are_checked_in_the_order_of_a_pass():
     """So that a target on a disk is streamed once for all of them."""
-    model, numbers = Decoder(), []
+    model, places = Decoder(), []
     for number, (linear, layer) in enumerate(zip(model.linears, model.layers, strict=True)):
         linear.prefix = f"layers.{number}.linear"
-        for module in (linear, layer):
-            module.register_forward_hook(lambda *_, number=number: numbers.append(number))
+        for part, module in enumerate((linear, layer)):
+            module.register_forward_hook(lambda *_, place=(number, part): places.append(place))
     with pytest.raises(SiriusIntegrationError, match=f"ran 0 of {LAYERS} FFNs reduced"):
         self_test(model, rounded(model, 4), draft_pass=lambda: None)
-    assert numbers == sorted(numbers)
-    assert set(numbers) == set(range(LAYERS))
+    assert places == sorted(places)
+    assert set(places) == {(number, part) for number in range(LAYERS) for part in (0, 1)}

@@ -111,6 +111,17 @@ def test_a_damaged_table_of_contents_is_refused(tmp_path):
         WeightFile(path)
 
 
+@pytest.mark.parametrize(("offset", "size"), [(0, 0), (1 << 62, 8), (PAGE, 1 << 62), (PAGE, 0)])
+def test_a_damaged_head_is_refused(tmp_path, offset, size):
+    """Whatever it says of the place of the table of contents."""
+    path = tmp_path / "model.weights"
+    write(path, matrices())
+    with path.open("r+b") as file:
+        file.write(HEAD.pack(weight_file.MAGIC, weight_file.VERSION, offset, size, 0))
+    with pytest.raises(OffloadError, match="is damaged: its table of contents"):
+        WeightFile(path)
+
+
 def test_a_flipped_bit_of_a_tensor_is_found(tmp_path):
     path = tmp_path / "model.weights"
     write(path, matrices())

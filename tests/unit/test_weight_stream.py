@@ -97,6 +97,19 @@ def test_what_was_not_released_is_not_overwritten(tmp_path):
     assert torch.equal(slot[:size], contents[0])
 
 
+def test_what_comes_too_late_is_not_taken_for_the_next_group(tmp_path):
+    """A group is left before all of it has come. The bound of the rate holds its pieces back while others want its slot."""
+    path = tmp_path / "weights"
+    groups, contents = write_groups(path, 5)
+    total = sum(group.num_bytes for group in groups)
+    stream = WeightStream(path, groups, 2, num_threads=8, bytes_per_second=total / 0.05)
+    for step in range(150):
+        number = step % len(groups)
+        size = random.choice([1, groups[number].num_bytes])
+        assert torch.equal(stream.wait(number, size)[:size], contents[number][:size])
+        stream.release(number)
+
+
 def test_memory_is_that_of_the_slots(tmp_path):
     path = tmp_path / "weights"
     groups, _ = write_groups(path, 4)

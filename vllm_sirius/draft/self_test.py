@@ -96,12 +96,11 @@ def assert_draft_is_reduced(
     def check_ffn(layer: int) -> None:
         differences.append(_difference_of_ffn(ffns, layer, dtype, device))
 
-    steps: list[tuple[str, Callable[[], None]]] = [
-        (ffn.name, functools.partial(check_ffn, layer)) for layer, ffn in enumerate(ffns.ffns)
-    ]
+    steps: list[tuple[str, Callable[[], None]]] = []
     if ffns.linears is not None:
         steps += _checks_of_linears(ffns, ffns.linears, dtype, device)
-    # In the order of a pass: where the target is streamed from a disk, one stream serves them all.
+    steps += [(ffn.name, functools.partial(check_ffn, layer)) for layer, ffn in enumerate(ffns.ffns)]
+    # In the order of a pass: where the target is streamed from a disk, one stream serves them all. Layers end with their FFN.
     for _, check in sorted(steps, key=lambda step: _layer_number(step[0])):
         check()
     if ffns.linears is not None:

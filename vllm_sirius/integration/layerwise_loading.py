@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -26,17 +26,21 @@ from vllm_sirius.weights.memory import give_free_memory_back
 logger = init_logger("vllm.sirius")
 
 
-def pack_while_loading(model: nn.Module) -> None:
+def pack_while_loading(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
     """Has every layer that a `PackedReader` reads packed once its parameters are loaded, for the coming load alone.
 
     Args:
         model: The model, before its weights are loaded.
+        only: The layers that are, if not all of them.
     """
+    chosen = None if only is None else set(map(id, only))
     places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, layer in model.named_modules():
         parameters = dict(layer.named_parameters(recurse=False))
         # A weight that two layers share is needed by the other one still.
         alone = all(places[id(parameter)] == 1 for parameter in parameters.values())
+        if chosen is not None and id(layer) not in chosen:
+            continue
         if isinstance(getattr(layer, "quant_method", None), ShowsWeight) and alone:
             _LayerLoading(name, layer, parameters)
 

@@ -186,7 +186,8 @@ class _PackedTarget:
         self._offloaded: OffloadedTarget | None = None
         if self._plan.config.offload == "disk":
             self._offloaded = OffloadedTarget(vllm_config, model, self._plan, reader, self._weights.copies)
-        pack_while_loading(model)
+        # What else there is, such as a vision tower, is stored as it was loaded.
+        pack_while_loading(model, None if self._offloaded is None else self._offloaded.packed_layers)
         if self._plan.copies:
             logger.info("Sirius: copies the draft's weights to %s while they load", _kind(self._plan))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
 from tqdm import tqdm
 from vllm.logger import init_logger
@@ -106,6 +107,7 @@ class OffloadedTarget:
         self._made_of = {
             "checkpoint": offload_folder.identify(files),
             "layout": _layout(),
+            "vllm": vllm.__version__,
             "model": [type(model).__name__, str(self._model_config.dtype), self._config.draft_weights],
         }
         with ExitStack() as on_error:
@@ -165,8 +167,7 @@ class OffloadedTarget:
     def _look_up(self, file: WeightFile) -> None:
         name, weight = f"model.{self._parts.embedding_name}", self._parts.embedding
         entry = file.entries[name]
-        if self.restored:
-            file.check(name)  # single rows are not checked when they are read
+        file.check(name)  # single rows are not checked when they are read
         num_rows, width = entry.shape
         look_up_in_file(self._model, weight, StoredRows(self.path, entry.offset, num_rows, width, weight.dtype))
 
@@ -269,7 +270,7 @@ class OffloadedTarget:
         total = sum(map(sum, (group.values() for group in self._groups))) + rest
         self._progress = tqdm(total=total, unit="B", unit_scale=True, desc=f"Sirius: writing {self.path.name}")
         load()
-        for layer in self._layers():
+        for layer in self.packed_layers:
             method: ShowsWeight = layer.quant_method
             if not method.packed_early:
                 method.pack_early(layer)
@@ -295,13 +296,14 @@ class OffloadedTarget:
                 self._use(name, layer, packed)
         if self._parts.own_head:
             self._use_head(self._stored_head(file))
-        for layer in self._layers():
+        for layer in self.packed_layers:
             method: ShowsWeight = layer.quant_method
             method.packed_early = True
         logger.info("Sirius: read %s, and no checkpoint", self.path)
 
-    def _layers(self) -> list[Any]:
-        """All that is packed while it is loaded."""
+    @property
+    def packed_layers(self) -> list[Any]:
+        """All layers that are packed while they are loaded."""
         layers = [layer for group in self._parts.groups for layer in group.values()]
         if self._parts.own_head:
             layers.append(self._parts.head)

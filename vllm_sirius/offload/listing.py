@@ -66,6 +66,8 @@ def remove(folder: Path, names: Sequence[str]) -> list[Listed]:
     else:
         wanted = []
         for name in names:
+            if Path(name).parent != Path() and Path(name).parent.resolve() != folder.resolve():
+                raise OffloadError(f"{name} is not in {folder}: give its folder with --offload-path.")
             listed = known.get(Path(name).name)
             if listed is None:
                 have = ", ".join(known) or "none"

@@ -42,7 +42,7 @@ class Stream {
 public:
     Stream(std::vector<Group> groups, std::vector<char*> slots, double bytes_per_second, double patience_seconds)
         : groups_(std::move(groups)), slots_(std::move(slots)), rate_(bytes_per_second), patience_(patience_seconds),
-          ready_(slots_.size()) {}
+          ready_(slots_.size()), reading_(slots_.size()) {}
 
     std::string open(const char* path) { return file_.open(path); }
     bool direct() const { return file_.direct(); }
@@ -148,11 +148,14 @@ private:
         if (seeking_) return false;
         if (next_piece_ == pieces_of_last_filling()) {
             if (filling_end_ >= released_ + int64_t(slots_.size())) return false;
+            // A group may have been given up before all of it had come: what is on its way would land in the next filling.
+            if (reading_[filling_end_ % slots_.size()] > 0) return false;
             ready_[filling_end_ % slots_.size()].assign(groups_[group_of(filling_end_)].pieces.size(), 0);
             filling_end_++;
             next_piece_ = 0;
         }
         task = {filling_end_ - 1, group_of(filling_end_ - 1), next_piece_++};
+        reading_[task.sequence % slots_.size()]++;
         return true;
     }
 
@@ -191,6 +194,7 @@ private:
 
     void finish(const Task& task, const std::string& error) {
         if (--in_flight_ == 0) statistics_.reading_seconds += seconds_since(busy_since_);
+        if (--reading_[task.sequence % slots_.size()] == 0) can_read_.notify_all();
         if (!error.empty()) return fail(error);
         statistics_.bytes += double(groups_[task.group].pieces[task.piece].bytes);
         last_progress_ = Clock::now();
@@ -233,6 +237,7 @@ private:
     std::condition_variable changed_;
     std::condition_variable closing_;
     std::vector<std::vector<uint8_t>> ready_;  // pieces that have come, by slot
+    std::vector<int> reading_;                 // pieces on their way, by slot
     int64_t released_ = 0;     // fillings that were used; also the number of the one in use
     int64_t filling_end_ = 0;  // fillings begun
     int64_t shift_ = 0;        // from the number of a filling to its group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ class WeightStream:
         self._slots = [_aligned(max(group.num_bytes for group in groups)) for _ in range(num_slots)]
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self._handle: int | None = self._library.sirius_stream_open(
-            str(path).encode(),
+            os.fsencode(path),
             len(groups),
             (ctypes.c_int64 * len(groups))(*(group.offset for group in groups)),
             (ctypes.c_int64 * len(groups))(*(len(group.pieces) for group in groups)),

@@ -138,7 +138,9 @@ class WeightFileWriter:
         contents = json.dumps({"made_of": made_of, "groups": self._groups, "tensors": entries}).encode()
         sum_of_contents = crc32c(torch.frombuffer(bytearray(contents), dtype=torch.uint8))
         try:
-            os.pwrite(self._file, contents, self._end)
+            written = 0
+            while written < len(contents):
+                written += os.pwrite(self._file, contents[written:], self._end + written)
             os.ftruncate(self._file, self._end + len(contents))
             os.fsync(self._file)
             os.pwrite(self._file, HEAD.pack(MAGIC, VERSION, self._end, len(contents), sum_of_contents), 0)
@@ -227,6 +229,8 @@ class WeightFile:
                     raise OffloadError(f"{path} is no whole file of a target's weights")
                 if version != VERSION:
                     raise OffloadError(f"{path} has format {version}, and this release reads format {VERSION}")
+                if not 0 < size <= os.fstat(file.fileno()).st_size - offset:
+                    raise OffloadError(f"{path} is damaged: its table of contents is not what was written")
                 file.seek(offset)
                 contents = file.read(size)
         except OSError as error:
