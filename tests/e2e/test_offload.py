@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.engine_host import EngineError, EngineHost
 from support.real_models import SMOL, mixed_prompts, model_path
 
@@ -99,6 +100,18 @@ def test_a_second_start_reads_no_checkpoint(host, engine, reference, prompts, ch
         shutil.move(kept, weights)
     report = host.probe(more, "support.probes:streamed_report")
     assert len(report["streamed"]) > report["groups"]
+
+
+def test_a_refused_checkpoint_leaves_nothing_behind(engine, checkpoint, tmp_path):
+    """Its weights are judged after all of them were written."""
+    folder, files = tmp_path / "model", tmp_path / "files"
+    shutil.copytree(checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with EngineHost() as host, pytest.raises(EngineError, match="not finite"):
+        host.generate({**engine(offload_path=str(files)), "model": str(folder)}, [[1, 2, 3]], GREEDY)
+    assert [path.name for path in files.iterdir() if not path.name.endswith(".lock")] == []
 
 
 def test_drafts_of_eight_bits_are_restored_too(host, engine, reference, prompts, tmp_path):

@@ -115,6 +115,22 @@ def test_what_an_engine_uses_stays(files, capsys):
     assert sorted(path.name for path in files.iterdir()) == ["a-1.weights", "other.txt"]
 
 
+def test_what_an_engine_builds_or_starts_with_stays(files, capsys):
+    """`ls` and `rm` come while another process holds the lock of a build."""
+    partial = files / ".c-3.weights.partial"
+    partial.write_bytes(b"half")
+    with offload_folder.building(files / "c-3.weights"), offload_folder.building(files / "a-1.weights"):
+        assert run(capsys, "rm", "all", "--offload-path", str(files))[0] == 0
+        assert partial.exists()
+        assert (files / "a-1.weights").exists()
+        assert offload_folder.lock_of(files / "c-3.weights").exists()
+        status, _, said = run(capsys, "rm", "a-1.weights", "--offload-path", str(files))
+        assert status == 1
+        assert "is used by an engine" in said
+    assert run(capsys, "rm", "all", "--offload-path", str(files))[0] == 0
+    assert [path.name for path in files.iterdir()] == ["other.txt"]
+
+
 def test_a_path_elsewhere_is_not_taken_for_the_same_name_here(files, capsys, tmp_path):
     status, _, said = run(capsys, "rm", str(tmp_path / "elsewhere" / "b-2.weights"), "--offload-path", str(files))
     assert status == 1

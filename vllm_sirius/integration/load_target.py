@@ -208,8 +208,15 @@ class _PackedTarget:
         """Makes the target of what was read."""
         plan, weights = self._plan, self._weights
         copies, panels, head = weights.copies, plan.target_kernels.panels, plan.parts.head
-        weights.finish(model)
-        streamed = self._offloaded.finish() if self._offloaded is not None else None
+        streamed = None
+        try:
+            weights.finish(model)
+            if self._offloaded is not None:
+                streamed = self._offloaded.finish()
+        except BaseException:
+            if self._offloaded is not None:
+                self._offloaded.abandon()
+            raise
         if copies.num_copied:
             logger.info("Sirius: copied %d layers to %s in %.1f s", copies.num_copied, _kind(plan), copies.seconds)
 

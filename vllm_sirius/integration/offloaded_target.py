@@ -143,6 +143,10 @@ class OffloadedTarget:
             self._open_stream(file)
         return self.streamed
 
+    def abandon(self) -> None:
+        """After a failure: removes a file that is not whole, and lets others build."""
+        self._open.close()
+
     def _complete(self) -> None:
         """Writes what there is only after loading, and gives the file its name."""
         assert self._writer is not None

@@ -89,7 +89,7 @@ def building(path: Path) -> Iterator[None]:
     Raises:
         OffloadError: If the lock cannot be had.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = lock_of(path)
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -118,13 +118,29 @@ def hold(path: Path) -> int:
     return handle
 
 
-def is_used(path: Path) -> bool:
-    """Whether an engine reads a file.
+def lock_of(path: Path) -> Path:
+    """The file that is locked while another one is found or built.
 
     Args:
-        path: The file.
+        path: The other one.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return path.with_name(f".{path.name}.lock")
+
+
+def is_used(path: Path) -> bool:
+    """Whether an engine reads a file, or is starting with it or building it.
+
+    Args:
+        path: The file; while it is built there need not be one.
+    """
+    return _is_locked(path) or _is_locked(lock_of(path))
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

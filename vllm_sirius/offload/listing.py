@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sirius.offload.errors import OffloadError
-from vllm_sirius.offload.folder import SUFFIX, is_used
+from vllm_sirius.offload.folder import SUFFIX, is_used, lock_of
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Listed:
     Attributes:
         path: The file.
         num_bytes: Its size.
-        state: ``used`` by an engine, ``free``, or ``unfinished``: being built, or left by an engine that was killed.
+        state: ``used`` by an engine, which may be building it; ``free``, or ``unfinished``: left by an engine that was killed.
     """
 
     path: Path
@@ -43,7 +43,10 @@ def list_files(folder: Path) -> list[Listed]:
         for path in sorted(folder.glob(f"*{SUFFIX}"))
         if not path.name.startswith(".")
     ]
-    partial = [Listed(path, path.stat().st_size, "unfinished") for path in sorted(folder.glob(f".*{SUFFIX}.partial"))]
+    partial = [
+        Listed(path, path.stat().st_size, "used" if is_used(_whole(path)) else "unfinished")
+        for path in sorted(folder.glob(f".*{SUFFIX}.partial"))
+    ]
     return [*whole, *partial]
 
 
@@ -77,5 +80,11 @@ def remove(folder: Path, names: Sequence[str]) -> list[Listed]:
             wanted.append(listed)
     for listed in wanted:
         listed.path.unlink(missing_ok=True)
-        listed.path.with_name(f".{listed.path.name}.lock").unlink(missing_ok=True)
+        lock_of(_whole(listed.path)).unlink(missing_ok=True)
     return wanted
+
+
+def _whole(path: Path) -> Path:
+    """The file that an unfinished one is to become; a whole one is its own."""
+    name = path.name
+    return path.with_name(name[1:].removesuffix(".partial")) if name.endswith(".partial") else path
