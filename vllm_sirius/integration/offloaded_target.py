@@ -37,6 +37,7 @@ from vllm_sirius.offload.stream import WeightStream
 from vllm_sirius.offload.weight_file import WeightFile, WeightFileWriter, padded
 from vllm_sirius.target.stored_rows import StoredRows
 from vllm_sirius.target.streamed import StreamedMatrix, StreamedTarget
+from vllm_sirius.version import __version__
 from vllm_sirius.weights import low_bit, low_bit_panels, panels, rows
 from vllm_sirius.weights.panels import OUTPUTS, Panels, panels_shape
 
@@ -107,7 +108,7 @@ class OffloadedTarget:
         self._made_of = {
             "checkpoint": offload_folder.identify(files),
             "layout": _layout(),
-            "vllm": vllm.__version__,
+            "releases": [vllm.__version__, __version__],
             "model": [type(model).__name__, str(self._model_config.dtype), self._config.draft_weights],
         }
         with ExitStack() as on_error:

@@ -137,7 +137,7 @@ def plan_memory(sizes: WeightSizes, num_buffers: int, budget: int) -> MemoryPlan
             return plan
     least = plans[-1]
     raise OffloadError(
-        f"offload_budget_gb={budget / GB:.3g} is too little for this model: its int4 copies take {sizes.copies / GB:.2f} GB, "
+        f"offload_budget_gb={budget / GB:.3g} is too little for this model: the draft's copies take {sizes.copies / GB:.2f} GB, "
         f"{least._kept_names} {least.kept_bytes / GB:.2f} and {num_buffers} buffers {least.buffer_bytes / GB:.2f}: give at "
         f"least {least.memory_bytes / GB + 0.005:.2f}, or serve a smaller model."
     )
