@@ -29,13 +29,16 @@ from benchmarks.offload.cage import Cage
 from benchmarks.offload.run import say, weight_files
 from benchmarks.offload.setting import GB, OffloadSetting
 from benchmarks.prompts import Prompt
+from vllm_sirius.config import OFFLOAD_KERNEL_SIZE
 from vllm_sirius.measuring.engine import Engine, EngineError
-from vllm_sirius.measuring.side_by_side import engine_options
-from vllm_sirius.offload.stream import WeightStream
+from vllm_sirius.measuring.side_by_side import WARM_UP_TOKENS, engine_options
+from vllm_sirius.offload.stream import Group, WeightStream
 from vllm_sirius.offload.weight_file import WeightFile
 
 FILE = "checks.json"
-WARM_UP_TOKENS = 32
+ROUNDS = 5
+"""Of a stream, timed together: what was read ahead before them is a small part then."""
+
 DD_STREAMS = 4
 DD_BLOCK = 4 << 20
 
@@ -56,7 +59,7 @@ class Checks:
         """Compares tokens, prompts in batches, on a disk as fast as the first rate."""
         with self._engine(self._what.rates[0], self._streaming, "identity-disk") as engine:
             streamed = engine.generate([p.token_ids for p in self._prompts], self._what.max_tokens)
-        in_memory = {"method": "sirius", "target_kernels": "sirius", "kernel_size": 64}
+        in_memory = {"method": "sirius", "target_kernels": "sirius", "kernel_size": OFFLOAD_KERNEL_SIZE}
         with closing(Engine(self._options(in_memory), self._log("identity-memory"), answer_seconds=3600)) as engine:
             plain = engine.generate([p.token_ids for p in self._prompts], self._what.max_tokens)
         found = differences(streamed.token_ids, plain.token_ids)
@@ -100,7 +103,9 @@ class Checks:
         for name in ("from the checkpoint", "from the file"):
             with Cage(self._what.limits(0)) as cage:
                 options = self._options(self._streaming)
-                sizes = load_memory.measure(options, self._what.prefix(cage, 0), self._log("memory"))
+                sizes = load_memory.measure(
+                    options, self._what.prefix(cage, 0), self._log(f"memory {name}".replace(" ", "-"))
+                )
                 kernel = cage.report()
             found[name] = {**sizes, "peak_over_plan": sizes["peak"] / sizes["plan"], **kernel.as_dict()}
             say(f"  {name}: {sizes['peak'] / GB:.2f} GB at most, planned {sizes['plan'] / GB:.2f}")
@@ -131,12 +136,12 @@ class Checks:
         groups = [file.group(number) for number in range(len(file.groups))]
         streamed, plain = [], []
         with closing(WeightStream(path, groups)) as stream:
-            _one_round(stream, groups)  # checks the sums, and is not measured
+            _stream_rate(stream, groups, 1)  # checks the sums, and is not measured
             start, end = groups[0].offset, groups[-1].offset + groups[-1].num_bytes
             _dd_rate(path, start, end)
             for _ in range(self._what.repeats):
                 plain.append(_dd_rate(path, start, end))
-                streamed.append(_one_round(stream, groups))
+                streamed.append(_stream_rate(stream, groups, ROUNDS))
                 say(f"  {streamed[-1] / GB:.2f} GB/s streamed, {plain[-1] / GB:.2f} by {DD_STREAMS} dd")
         ratios = [one / other for one, other in zip(streamed, plain, strict=True)]
         return {"streamed": streamed, "dd": plain, "ratio": statistics.median(ratios)}
@@ -196,12 +201,14 @@ def cached_bytes(path: Path) -> int:
         return page_cache.cached_bytes(file.fileno())
 
 
-def _one_round(stream: WeightStream, groups: Sequence[Any]) -> float:
+def _stream_rate(stream: WeightStream, groups: Sequence[Group], rounds: int) -> float:
+    """Bytes per second of so many rounds."""
     started = time.perf_counter()
-    for number, group in enumerate(groups):
-        stream.wait(number, group.num_bytes)
-        stream.release(number)
-    return sum(group.num_bytes for group in groups) / (time.perf_counter() - started)
+    for _ in range(rounds):
+        for number, group in enumerate(groups):
+            stream.wait(number, group.num_bytes)
+            stream.release(number)
+    return rounds * sum(group.num_bytes for group in groups) / (time.perf_counter() - started)
 
 
 def _dd_rate(path: Path, start: int, end: int) -> float:

@@ -90,7 +90,7 @@ def _serve() -> None:
         watch = Watch()
         loaded = load(*args, **kwargs)
         after = watch.stop()
-        found.update(peak=watch.peak - watch.before, after=after - watch.before)
+        found.update(peak=max(watch.peak, after) - watch.before, after=after - watch.before)
         return loaded
 
     def finishing(self: OffloadedTarget) -> Any:
